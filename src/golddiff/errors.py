@@ -1,0 +1,20 @@
+"""The one exception of the library, and the way it offers the nearest name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["GolddiffError", "unknown"]
+
+
+class GolddiffError(ValueError):
+    """A request that cannot be met. The message is one line and ends with what to do about it."""
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> GolddiffError:
+    """The error for a name that is not among `known`: it offers the nearest one and lists them all."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return GolddiffError(f"unknown {what} '{name}': {hint}known are {', '.join(names)}")

@@ -1,0 +1,122 @@
+"""Pictures in arrays: `.npy`, `.npz`, and arrays or tensors at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from ..errors import GolddiffError
+from .core import NO_LABEL, Images
+
+__all__ = ["from_array", "read_numpy"]
+
+CHANNELS = (1, 3, 4)
+IMAGE_KEYS = ("arr_0", "images", "x")
+LABEL_KEYS = ("arr_1", "labels")
+LAYOUTS = ("NHWC", "NCHW", "NHW")
+
+
+def from_array(
+    array: Any, labels: Any = None, layout: str | None = None, classes: tuple[str, ...] = ()
+) -> Images:
+    """Pictures held in memory.
+
+    Arguments:
+        array: uint8 or float32 / float64, `(N, H, W, C)`, `(N, C, H, W)` or `(N, H, W)`.
+        labels: integers `(N,)`, -1 for none.
+        layout: which of `NHWC`, `NCHW`, `NHW` it is; found from the shape when None.
+
+    Raises:
+        GolddiffError: other types, non-finite floats, a shape that does not tell the channel axis.
+    """
+    array = np.asarray(array)
+    check_pixels(array)
+    layout = layout or guess_layout(array.shape)
+    if layout not in LAYOUTS or len(layout) != array.ndim:
+        raise GolddiffError(
+            f"layout {layout} does not fit an array of shape {array.shape}: use --layout NHWC, NCHW or NHW"
+        )
+    if layout == "NHW":
+        array = array[:, None]
+    elif layout == "NHWC":
+        array = np.moveaxis(array, 3, 1)
+    return Images(
+        shape=(array.shape[1], array.shape[2], array.shape[3]),
+        dtype=array.dtype,
+        labels=_labels(labels, len(array)),
+        ids=[str(i) for i in range(len(array))],
+        read=lambda start, stop: array[start:stop],
+        classes=classes,
+    )
+
+
+def check_pixels(array: np.ndarray) -> None:
+    """Refuses what cannot be pixels, with the conversion that is missing."""
+    if array.dtype not in (np.uint8, np.float32, np.float64):
+        raise GolddiffError(
+            f"pixels of type {array.dtype}: convert them to uint8 (0 to 255) or to float32 in [-1, 1]"
+        )
+    if array.dtype != np.uint8:
+        finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
+        if not finite.all():
+            raise GolddiffError(f"row {int(np.argmin(finite))} has NaN or infinite pixels: remove or mend it")
+        if array.size and array.max() > 2 and np.array_equal(array, np.round(array)):
+            raise GolddiffError("float pixels that are whole numbers above 2: convert them with .astype('uint8')")
+
+
+def guess_layout(shape: tuple[int, ...]) -> str:
+    """`NHWC`, `NCHW` or `NHW` from a shape; an error naming `--layout` when the shape does not tell."""
+    ambiguous = GolddiffError(
+        f"the channel axis of an array of shape {shape} is not clear: say --layout NHWC, NCHW or NHW"
+    )
+    if len(shape) == 3:
+        if shape[1] in CHANNELS or shape[2] in CHANNELS:
+            raise ambiguous
+        return "NHW"
+    if len(shape) != 4:
+        raise GolddiffError(f"an array of shape {shape} is not (N, H, W, C), (N, C, H, W) or (N, H, W)")
+    first, last = shape[1] in CHANNELS, shape[3] in CHANNELS
+    if first and last:  # the last axis is preferred where only that makes the pictures square
+        if shape[1] == shape[2] != shape[3]:
+            return "NHWC"
+        raise ambiguous
+    if last:
+        return "NHWC"
+    if first:
+        return "NCHW"
+    raise GolddiffError(f"no axis of size 1, 3 or 4 in an array of shape {shape}: say --layout NHWC or NCHW")
+
+
+def read_numpy(path: Path, layout: str | None = None) -> Images:
+    """A `.npy` file of pictures, or a `.npz` with `arr_0`, `images` or `x` and labels in `arr_1` or `labels`."""
+    try:
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError, BadZipFile) as error:
+        raise GolddiffError(f"{path} is not a readable NumPy file ({error}): save it again") from error
+    if isinstance(loaded, np.ndarray):
+        return from_array(loaded, layout=layout)
+    with loaded:
+        key = next((k for k in IMAGE_KEYS if k in loaded.files), None)
+        if key is None:
+            raise GolddiffError(
+                f"{path} has the arrays {', '.join(loaded.files) or '(none)'}: name the pictures arr_0, images or x"
+            )
+        label_key = next((k for k in LABEL_KEYS if k in loaded.files), None)
+        try:
+            return from_array(loaded[key], loaded[label_key] if label_key else None, layout)
+        except (BadZipFile, EOFError, OSError) as error:
+            raise GolddiffError(f"{path} is damaged ({error}): save it again") from error
+
+
+def _labels(labels: Any, count: int) -> np.ndarray:
+    if labels is None:
+        return np.full(count, NO_LABEL, dtype=np.int64)
+    labels = np.asarray(labels)
+    if labels.shape != (count,):
+        raise GolddiffError(f"labels of shape {labels.shape} for {count} pictures: give one integer each")
+    if not np.issubdtype(labels.dtype, np.integer) or (count and labels.min() < NO_LABEL):
+        raise GolddiffError("labels must be integers from 0 on, or -1 for none")
+    return labels.astype(np.int64)

@@ -1,0 +1,60 @@
+"""What every reader returns: pictures of one shape, read block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..errors import GolddiffError
+
+__all__ = ["NO_LABEL", "Images"]
+
+NO_LABEL = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Pictures from anywhere, in a fixed order.
+
+    Arguments:
+        shape: `(C, H, W)` of every picture.
+        dtype: `uint8` (0 to 255), or `float32` / `float64` (taken as they are; [-1, 1] expected).
+        labels: class of each picture, `(N,)` int64, `NO_LABEL` where there is none.
+        ids: where each picture comes from, N strings (a path in the folder, or a row number).
+        read: `read(start, stop)` decodes pictures `start..stop-1` to `(stop - start, C, H, W)`.
+        classes: the names of the classes, if they have any; `labels` index them.
+    """
+
+    shape: tuple[int, int, int]
+    dtype: np.dtype
+    labels: np.ndarray
+    ids: Sequence[str]
+    read: Callable[[int, int], np.ndarray]
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.labels) != len(self.ids):
+            raise GolddiffError(
+                f"{len(self.ids)} pictures but {len(self.labels)} labels: give one label for each picture"
+            )
+        if len(self.ids) == 0:
+            raise GolddiffError("there are no pictures: a bank needs at least one")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields `(start, pictures)` with `size` pictures each, in order."""
+        for start in range(0, len(self), size):
+            stop = min(start + size, len(self))
+            yield start, self.read(start, stop)
+
+    def first(self, count: int | None) -> Images:
+        """The first `count` pictures (all of them if there are fewer, or if `count` is None)."""
+        if count is None or count >= len(self):
+            return self
+        if count < 1:
+            raise GolddiffError(f"limit is {count}: give a number of pictures of at least 1")
+        return replace(self, labels=self.labels[:count], ids=self.ids[:count])

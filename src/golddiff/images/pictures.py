@@ -1,0 +1,129 @@
+"""Encoded pictures (PNG, JPEG, ...) of one shape: headers are checked first, pixels decoded when read."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..errors import GolddiffError
+from .core import Images
+
+__all__ = ["EncodedPicture", "decoded"]
+
+GREY = ("1", "L", "LA")
+EIGHT_BIT = (*GREY, "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+DECODE_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class EncodedPicture:
+    """One picture in its file format: where it comes from, and its bytes or its path."""
+
+    name: str
+    source: Path | bytes
+
+
+def decoded(
+    count: int,
+    fetch: Callable[[int, int], Sequence[EncodedPicture]],
+    labels: np.ndarray,
+    ids: Sequence[str],
+    classes: tuple[str, ...] = (),
+    size: int | None = None,
+) -> Images:
+    """Images from encoded pictures.
+
+    All headers are read before anything else, so that sizes which differ are an error before any work.
+    Grey if every picture is grey, else RGB. With `size`, a picture is cut to the central square and resized
+    to `size x size` (Lanczos filter with antialiasing).
+
+    Arguments:
+        count: N.
+        fetch: `fetch(start, stop)` gives the encoded pictures `start..stop-1`.
+        size: the side of the result; None keeps the pictures' own size, which must be the same for all.
+    """
+    if size is not None and size < 1:
+        raise GolddiffError(f"size is {size}: give a side of at least 1 pixel")
+    first: tuple[str, tuple[int, int]] | None = None
+    grey = True
+    for start in range(0, count, 1024):
+        for picture in fetch(start, min(start + 1024, count)):
+            side, mode = _header(picture)
+            grey = grey and mode in GREY
+            first = first or (picture.name, side)
+            if size is None and side != first[1]:
+                raise GolddiffError(
+                    f"pictures differ in size: {first[0]} is {first[1][0]}x{first[1][1]}, "
+                    f"{picture.name} is {side[0]}x{side[1]}; give --size N to bring them to N x N"
+                )
+    if first is None:
+        raise GolddiffError("there are no pictures: a bank needs at least one")
+    width, height = (size, size) if size else first[1]
+    shape = (1 if grey else 3, height, width)
+
+    def read(start: int, stop: int) -> np.ndarray:
+        out = np.empty((stop - start, *shape), dtype=np.uint8)
+        with ThreadPoolExecutor(4) as pool:
+            pixels = pool.map(lambda picture: _pixels(picture, grey, size), fetch(start, stop))
+            for i, picture in enumerate(pixels):
+                out[i] = picture
+        return out
+
+    return Images(shape, np.dtype(np.uint8), labels, ids, read, classes)
+
+
+def _open(picture: EncodedPicture) -> Image.Image:
+    source = picture.source
+    return Image.open(source if isinstance(source, Path) else io.BytesIO(source))
+
+
+def _header(picture: EncodedPicture) -> tuple[tuple[int, int], str]:
+    """Size (as seen upright) and mode, from the header alone; refuses what is not an 8-bit still picture."""
+    try:
+        with _open(picture) as image:
+            if image.mode not in EIGHT_BIT:
+                raise GolddiffError(
+                    f"{picture.name} has pixels of mode {image.mode}, not 8-bit: convert it to 8 bits a channel"
+                )
+            if getattr(image, "n_frames", 1) > 1:
+                raise GolddiffError(
+                    f"{picture.name} is animated ({image.n_frames} frames): save one frame"  # type: ignore[attr-defined]
+                )
+            sideways = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap the sides
+            size = (image.height, image.width) if sideways else image.size
+            return size, image.mode
+    except GolddiffError:
+        raise
+    except DECODE_ERRORS as error:
+        raise _broken(picture, error) from error
+
+
+def _pixels(picture: EncodedPicture, grey: bool, size: int | None) -> np.ndarray:
+    """`(C, H, W)` uint8."""
+    try:
+        with _open(picture) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                if image.getchannel("A").getextrema()[0] != 255:
+                    raise GolddiffError(f"{picture.name} is partly transparent: flatten it onto a background")
+            image = image.convert("L" if grey else "RGB")
+            if size is not None:
+                image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+            pixels = np.asarray(image)
+    except GolddiffError:
+        raise
+    except DECODE_ERRORS as error:
+        raise _broken(picture, error) from error
+    return pixels[None] if grey else np.moveaxis(pixels, 2, 0)
+
+
+def _broken(picture: EncodedPicture, error: Exception) -> GolddiffError:
+    reason = str(error).split("\n")[0][:120]
+    return GolddiffError(f"{picture.name} cannot be read as a picture ({reason}): remove or replace it")
