@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .errors import GolddiffError
 from .images import NO_LABEL, Images, find_source, from_array, open_source
+from .noise import Noise
 from .proxy import Pooling
 from .spectrum import Spectrum, compute_spectrum
 
@@ -232,6 +233,27 @@ class Bank:
         """Images of some rows, `(n, C, H, W)` in [-1, 1]."""
         return self.uncentred(self.centred(rows, dtype)).unflatten(1, self.shape)
 
+    def query(self, x_t: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
+        r"""Noisy images `(B, C, H, W)` in the units of the rows: `q` `(B, D)` and `s` `(B,)`, such that
+
+        .. math:: |x_t - \alpha x_i|^2 / \sigma^2 = |q - s v_i|^2
+
+        so that logits are `-|q - s v_i|^2 / 2`, also where `alpha = 0`, and only `sigma / alpha` and `x_t / sigma` matter.
+        """
+        alpha, sigma = noise.expand(len(x_t)).like(x_t.flatten(1).double())
+        origin = (self.centre.double() * self.scale + self.offset).to(x_t.device)
+        q = (x_t.flatten(1).double() - alpha * origin) / sigma
+        return q.to(x_t.dtype), (self.scale * alpha / sigma)[:, 0].to(x_t.dtype)
+
+    def distances(self, q: Tensor, s: Tensor, rows: Tensor) -> Tensor:
+        """`|q - s v_i|^2` of some rows by differences in float64, `(n,)`, for one image: q `(D,)`, s `()`."""
+        q, s = q.double(), s.double()
+        out = torch.empty(len(rows), dtype=torch.float64, device=q.device)
+        for start in range(0, len(rows), BLOCK):
+            part = rows[start : start + BLOCK]
+            out[start : start + BLOCK] = torch.sub(q, self.centred(part, torch.float64) * s).square_().sum(1)
+        return out
+
     def spectrum(self, label: int | None = None) -> Spectrum:
         """Mean and covariance spectrum of all rows, or of a class; computed once and kept in the bank."""
         rows = self.rows_of(label)
@@ -250,8 +272,13 @@ class Bank:
         largest = float(torch.maximum(centre, 255 - centre).max()) if self.is_uint8 else None
         return compute_spectrum(blocks, count, centre, self.scale, self.offset, largest)
 
-    def keep(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors derived from this bank: from memory, from its folder, or computed and put there."""
+    def keep(
+        self, name: str, compute: Callable[[], dict[str, Tensor]], remember: bool = True
+    ) -> dict[str, Tensor]:
+        """Tensors derived from this bank: from memory, from its folder, or computed and put there.
+
+        With `remember=False` they are not held in memory (a bank without a folder then forgets them).
+        """
         if name in self._kept:
             return self._kept[name]
         file = self.path / "derived" / f"{name}.safetensors" if self.path else None
@@ -267,7 +294,8 @@ class Bank:
                 part = file.with_name(f".{os.getpid()}-{file.name}")
                 save_file({k: t.contiguous() for k, t in tensors.items()}, part)
                 part.replace(file)
-        self._kept[name] = tensors
+        if remember:
+            self._kept[name] = tensors
         return tensors
 
 

@@ -1,0 +1,89 @@
+"""Denoisers by name: a locality (what is compared) times a subset (against whom)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..bank import Bank
+from ..errors import GolddiffError, unknown
+from ..golden import Budget, Everything, GoldenSubset, Subset
+from ..locality import GivenMask, PCAMask
+from .base import Denoiser
+from .local import MaskedDenoiser
+from .whole import Optimal
+from .wiener import Wiener
+
+__all__ = ["METHODS", "Denoiser", "MaskedDenoiser", "Optimal", "Wiener", "denoiser"]
+
+RETRIEVAL = {"retrieval": "full", "k_min": 1 / 20, "k_max": 1 / 10, "m_min": None, "m_max": None}
+PCA = {"threshold": 0.02, "mask_rule": "correlation", "mask": None, "legacy_batch": None, "statistics": "bank"}
+
+METHODS: dict[str, dict[str, Any]] = {
+    "optimal": {**RETRIEVAL},
+    "wiener": {"statistics": "bank"},
+    "pca": {**RETRIEVAL, **PCA},
+    "golddiff": {**RETRIEVAL, **PCA, "retrieval": "reference", "locality": "pca"},
+}
+"""Every method with its options and their defaults."""
+
+CHOICES = {
+    "retrieval": ("full", "reference", "paper"),
+    "statistics": ("bank", "class"),
+    "locality": ("pca", "optimal"),
+}
+
+
+def denoiser(name: str, bank: Bank, **options: Any) -> Denoiser:
+    """A denoiser by name.
+
+    Arguments:
+        name: `optimal` (posterior mean over whole images), `wiener` (linear), `pca` (PCA-locality) or
+            `golddiff` (PCA-locality over a golden subset).
+        bank: the training images.
+        retrieval: `full` (all rows; the default of optimal and pca), `reference` (a random pool, then the
+            nearest; the default of golddiff) or `paper` (the nearest of all).
+        k_min, k_max, m_min, m_max: sizes of golden subset and candidates; rows, or fractions of the eligible
+            rows. Defaults 1/20, 1/10, k_max, and all (`reference`) or 1/4 (`paper`).
+        threshold, mask_rule: of the PCA mask, see `PCAMask`.
+        mask: a `(D, D)` boolean M[n, m] to use instead, or a callable of `Noise` that returns one.
+        legacy_batch: average the means of batches of so many rows, as published code does; biased.
+        statistics: masks and Wiener from the whole `bank`, or from the rows of the `class`.
+        locality: of golddiff, `pca` or `optimal`.
+
+    Raises:
+        GolddiffError: an unknown name or option, or a value that is out of range.
+    """
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    chosen = dict(METHODS[name])
+    for key, value in options.items():
+        if key not in chosen:
+            raise unknown(f"option of {name}", key, chosen)
+        chosen[key] = value
+    for key, choices in CHOICES.items():
+        if key in chosen and chosen[key] not in choices:
+            raise unknown(key, chosen[key], choices)
+    if name == "wiener":
+        return Wiener(bank, chosen["statistics"], chosen)
+    subset = _subset(bank, chosen)
+    if name == "optimal" or chosen.get("locality") == "optimal":
+        return Optimal(bank, subset, chosen)
+    if chosen["mask"] is None:
+        mask = PCAMask(bank, chosen["threshold"], chosen["mask_rule"], chosen["statistics"])
+    else:
+        mask = GivenMask(chosen["mask"], bank.D)
+    return MaskedDenoiser(bank, mask, subset, chosen["legacy_batch"], chosen)
+
+
+def _subset(bank: Bank, chosen: dict[str, Any]) -> Subset:
+    """The subset, with the defaults that depend on other options filled in."""
+    if chosen["retrieval"] == "full":
+        return Everything(bank)
+    if chosen["m_min"] is None:
+        chosen["m_min"] = chosen["k_max"]
+    if chosen["m_max"] is None:
+        share = 1.0 if chosen["retrieval"] == "reference" else 0.25
+        fits = isinstance(chosen["m_min"], float) and chosen["m_min"] <= share
+        chosen["m_max"] = share if fits else max(round(share * len(bank)), chosen["m_min"])
+    budget = Budget(*(chosen[key] for key in ("k_min", "k_max", "m_min", "m_max")))
+    return GoldenSubset(bank, chosen["retrieval"], budget)

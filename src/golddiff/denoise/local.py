@@ -1,0 +1,99 @@
+"""Local denoisers: every output pixel has a posterior of its own, weighed through a mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bank import Bank
+from ..errors import GolddiffError
+from ..golden import Everything, Subset
+from ..locality import Masked
+from ..noise import Noise
+from ..posterior import Posterior, RunningSoftmax, softmax_of_rows
+from .base import Denoiser
+
+__all__ = ["MaskedDenoiser"]
+
+BLOCK = 512
+
+
+class MaskedDenoiser(Denoiser):
+    r"""PCA-locality, and any other mask, over a subset of the rows.
+
+    .. math:: l_i[m] = -\frac{1}{2 \sigma^2} \sum_n M[n, m] (x_t[n] - \alpha x_i[n])^2, \quad
+        mean[m] = \sum_i \mathrm{softmax}(l[m])_i \, x_i[m]
+
+    With everything as its subset this is PCA-locality exactly; with a golden subset it is GoldDiff.
+
+    Arguments:
+        locality: the mask at each noise level.
+        subset: which rows; everything if None.
+        legacy_batch: average the softmax means of batches of so many rows, as published code does (biased,
+            and dependent on the order of the rows); for comparisons only.
+    """
+
+    properties = frozenset({"convex", "permutation_invariant", "exact"})
+    by_level = True
+
+    def __init__(
+        self,
+        bank: Bank,
+        locality: Masked,
+        subset: Subset | None = None,
+        legacy_batch: int | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        if legacy_batch is not None and legacy_batch < 1:
+            raise GolddiffError(f"legacy_batch is {legacy_batch}: give a number of rows of at least 1")
+        self.bank, self.locality, self.options = bank, locality, options or {}
+        self.subset = subset or Everything(bank)
+        self.legacy_batch = legacy_batch
+        if legacy_batch:
+            self.properties = frozenset({"convex"})
+        elif not isinstance(self.subset, Everything):
+            self.properties = frozenset({"convex", "permutation_invariant"})
+
+    def _posterior(
+        self, x_t: Tensor, noise: Noise, label: int | None, eligible: Tensor | None, seed: Tensor
+    ) -> Posterior:
+        mask = self.locality.mask(noise[0], label).to(x_t.device, x_t.dtype)
+        support = self.subset.select(x_t, noise, self.locality, eligible, seed)
+        q, s = self.bank.query(x_t, noise)
+        sums: list[list[RunningSoftmax]] = [[] for _ in q]
+        block = self.legacy_batch or BLOCK
+        for images, rows in support.blocks(block):
+            v = self.bank.centred(rows, x_t.dtype)
+            for b in images:
+                if self.legacy_batch or not sums[b]:
+                    sums[b].append(RunningSoftmax())
+                sums[b][-1].add(masked_logits(q[b], s[b], v, mask), v)
+
+        def weigh(b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
+            rows, columns = support.rows_of(b), mask if pixels is None else mask[:, pixels]
+            logits = [masked_logits(q[b], s[b], self.bank.centred(part, x_t.dtype), columns) for part in rows.split(block)]
+            if self.legacy_batch:
+                return rows, torch.cat([softmax_of_rows(part.T)[0].T for part in logits]) / len(logits)
+            return rows, softmax_of_rows(torch.cat(logits).T)[0].T
+
+        mean = torch.stack([torch.stack([part.mean for part in parts]).mean(0) for parts in sums])
+        log_total = torch.stack([torch.stack([part.log_total for part in parts]).logsumexp(0) for parts in sums])
+        ess = torch.stack(
+            [len(parts) ** 2 / torch.stack([1 / part.ess for part in parts]).sum(0) for parts in sums]
+        )
+        return Posterior(
+            mean=self.bank.uncentred(mean).to(x_t.dtype).reshape(x_t.shape),
+            log_evidence=(log_total - support.eligible.double().log()[:, None].to(x_t.device)).reshape(x_t.shape),
+            ess=ess.reshape(x_t.shape),
+            support=support,
+            x_t=x_t,
+            noise=noise,
+            _weigh=weigh,
+        )
+
+
+def masked_logits(q: Tensor, s: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """`-(q - s v)^2 M / 2` of one image: q `(D,)`, s `()`, rows v `(n, D)`, mask `(D, P)` -> `(n, P)`."""
+    return (torch.sub(q, v * s).square_() @ mask).mul_(-0.5)

@@ -1,0 +1,55 @@
+"""The linear denoiser: exact for Gaussian data of the bank's mean and covariance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bank import Bank
+from ..noise import Noise
+from ..posterior import Posterior
+from .base import Denoiser
+
+__all__ = ["Wiener"]
+
+
+class Wiener(Denoiser):
+    r"""The Wiener filter of the bank's mean and covariance, in float64.
+
+    .. math:: mean = \mu + \alpha C (\alpha^2 C + \sigma^2 I)^{-1} (x_t - \alpha \mu)
+
+    It has no rows: `support` and `ess` are None. `log_evidence` is that of the Gaussian.
+
+    Arguments:
+        statistics: `bank`, or `class` for the mean and covariance of the label's rows.
+    """
+
+    properties = frozenset({"permutation_invariant", "mean_at_high_noise"})
+
+    def __init__(self, bank: Bank, statistics: str = "bank", options: dict[str, Any] | None = None) -> None:
+        self.bank, self.statistics, self.options = bank, statistics, options or {}
+
+    def _posterior(
+        self, x_t: Tensor, noise: Noise, label: int | None, eligible: Tensor | None, seed: Tensor
+    ) -> Posterior:
+        spectrum = self.bank.spectrum(label if self.statistics == "class" else None)
+        mu, u, power = (t.to(x_t.device) for t in (spectrum.mean, spectrum.eigenvectors, spectrum.eigenvalues))
+        alpha, sigma = noise.like(x_t.flatten(1).double())
+        rest = x_t.flatten(1).double() - alpha * mu
+        inside = rest @ u
+        total = alpha**2 * power + sigma**2
+        mean = mu + (alpha * power / total * inside) @ u.T
+        outside = (rest.square().sum(1) - inside.square().sum(1)).clamp(min=0)
+        log_evidence = (
+            -(inside.square() / total).sum(1) - outside / sigma[:, 0] ** 2 - torch.log(total / sigma**2).sum(1)
+        ) / 2
+        return Posterior(
+            mean=mean.to(x_t.dtype).reshape(x_t.shape),
+            log_evidence=log_evidence,
+            ess=None,
+            support=None,
+            x_t=x_t,
+            noise=noise,
+        )

@@ -1,0 +1,313 @@
+"""Golden subsets: which rows of the bank matter at a noisy image and a noise level."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .bank import Bank
+from .errors import GolddiffError, unknown
+from .locality import Locality
+from .noise import Noise
+
+__all__ = ["Budget", "Everything", "GoldenSubset", "Subset", "Support"]
+
+PADDING = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Support:
+    """The rows that stand for the posterior.
+
+    Arguments:
+        rows: `(B, T, K)` int64 for T tiles of pixels (T = 1: the whole image), padded with -1; None for all.
+        log_q: `(B, T, K)` what is added to the logits: 0 in an exact head, `log(n / L)` in a tail of L rows
+            that stand for n; None for zeros.
+        tiles: the tile of each pixel, `(D,)`; None where T = 1.
+        eligible: how many rows could have been chosen, for each image `(B,)`.
+        shared: all images have the same rows.
+    """
+
+    rows: Tensor | None
+    log_q: Tensor | None
+    tiles: Tensor | None
+    eligible: Tensor
+    shared: bool
+
+    def rows_of(self, b: int) -> Tensor:
+        """The rows of image b, `(K,)`, without padding."""
+        if self.rows is None:
+            return torch.arange(int(self.eligible[b]))
+        rows = self.rows[b, 0]
+        return rows[rows != PADDING]
+
+    def blocks(self, size: int) -> Iterator[tuple[range, Tensor | slice]]:
+        """Yields `(images, rows)`: up to `size` rows and the images that they serve."""
+        batch = len(self.eligible)
+        if self.rows is None:
+            for start in range(0, int(self.eligible[0]), size):
+                yield range(batch), slice(start, min(start + size, int(self.eligible[0])))
+        elif self.shared:
+            for part in self.rows_of(0).split(size):
+                yield range(batch), part
+        else:
+            for b in range(batch):
+                for part in self.rows_of(b).split(size):
+                    yield range(b, b + 1), part
+
+    @staticmethod
+    def merge(parts: list[Support], items: list[Tensor]) -> Support:
+        """One support from those of parts of a batch; `items[p]` are the images of part p."""
+        if len(parts) == 1:
+            return parts[0]
+        batch = sum(len(i) for i in items)
+        eligible = torch.empty(batch, dtype=torch.int64)
+        for part, where in zip(parts, items, strict=True):
+            eligible[where] = part.eligible
+        if all(part.rows is None for part in parts):
+            return Support(None, None, None, eligible, shared=True)
+        lists = {int(i): p.rows_of(j) for p, w in zip(parts, items, strict=True) for j, i in enumerate(w)}
+        rows = torch.full((batch, 1, max(map(len, lists.values()))), PADDING)
+        for i, chosen in lists.items():
+            rows[i, 0, : len(chosen)] = chosen
+        return Support(rows, None, None, eligible, shared=False)
+
+
+class Subset(abc.ABC):
+    """Chooses rows. `by_level`: all images of one call must have the same noise level."""
+
+    by_level: bool
+
+    @abc.abstractmethod
+    def select(
+        self, x_t: Tensor, noise: Noise, locality: Locality, eligible: Tensor | None, seed: Tensor
+    ) -> Support:
+        """The support of each image.
+
+        Arguments:
+            x_t: `(B, C, H, W)`. noise: of all images, or of each.
+            locality: what is compared.
+            eligible: rows to choose from, `(n,)` ascending; None for all.
+            seed: `(B,)` int64, for what is drawn at random.
+        """
+
+
+class Everything(Subset):
+    """All eligible rows: the exact posterior."""
+
+    by_level = False
+
+    def __init__(self, bank: Bank) -> None:
+        self.bank = bank
+
+    def select(
+        self, x_t: Tensor, noise: Noise, locality: Locality, eligible: Tensor | None, seed: Tensor
+    ) -> Support:
+        count = len(self.bank) if eligible is None else len(eligible)
+        rows = None if eligible is None else eligible.expand(len(x_t), 1, -1)
+        return Support(rows, None, None, torch.full((len(x_t),), count), shared=True)
+
+
+@dataclass(frozen=True)
+class Budget:
+    r"""How many candidates and golden rows the paper takes at a noise level ("Fast and Scalable Analytical
+    Diffusion"). With n eligible rows and :math:`loc = 1 - \sigma / \sqrt{\alpha^2 + \sigma^2}`,
+
+    .. math:: m = m_{min} + (m_{max} - m_{min}) loc, \quad k = k_{max} - (k_{max} - k_{min}) loc
+
+    Arguments:
+        k_min, k_max, m_min, m_max: numbers of rows (int), or fractions of the eligible rows (float <= 1).
+    """
+
+    k_min: int | float = 1 / 20
+    k_max: int | float = 1 / 10
+    m_min: int | float = 1 / 10
+    m_max: int | float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not (whole and value >= 1) and not (isinstance(value, float) and 0 < value <= 1):
+                raise GolddiffError(
+                    f"{name} is {value}: give a number of rows (1, 2, ...) or a fraction (over 0, up to 1.0)"
+                )
+        for low, high in (("k_min", "k_max"), ("m_min", "m_max"), ("k_max", "m_min")):
+            a, b = getattr(self, low), getattr(self, high)
+            if isinstance(a, int) == isinstance(b, int) and a > b:
+                raise GolddiffError(f"{low} is {a}, more than {high} = {b}: lower {low} or raise {high}")
+
+    def rows(self, count: int) -> tuple[int, int, int, int]:
+        """`k_min, k_max, m_min, m_max` in rows, of `count` eligible ones."""
+        sizes = [v if isinstance(v, int) else round(v * count) for v in vars(self).values()]
+        k_min, k_max, m_min, m_max = (min(max(v, 1), count) for v in sizes)
+        if not k_min <= k_max <= m_min <= m_max:
+            raise GolddiffError(
+                f"of {count} rows, k_min = {k_min}, k_max = {k_max}, m_min = {m_min}, m_max = {m_max}: "
+                "they must not decrease in this order"
+            )
+        return k_min, k_max, m_min, m_max
+
+    def sizes(self, noise: Noise, count: int) -> tuple[int, int]:
+        """`m, k` at one noise level, of `count` eligible rows."""
+        k_min, k_max, m_min, m_max = self.rows(count)
+        loc = 1 - float(noise.g)
+        m = round(m_min + (m_max - m_min) * loc)
+        k = max(k_min, round(k_max - (k_max - k_min) * loc))
+        return m, k
+
+
+class GoldenSubset(Subset):
+    """The golden subset of the paper: coarse search in a proxy space, exact distances on the candidates.
+
+    `reference` (the released code): a random pool of m rows for each image, of which the k_max nearest by
+    proxy, of which the k nearest. `paper` (its text): the m nearest of all rows by proxy, of which the k
+    nearest. Distances are those of whole images, whatever the locality.
+
+    The pool is the m rows with the smallest hash of (seed, noise level, row key), so it does not depend on
+    the order of the rows or on the other images. Rows near a cut are measured again in float64, and ties
+    go by row key.
+
+    Arguments:
+        retrieval: `reference` or `paper`.
+        budget: sizes of pool and subset.
+    """
+
+    by_level = True
+
+    def __init__(self, bank: Bank, retrieval: str, budget: Budget) -> None:
+        if retrieval not in ("reference", "paper"):
+            raise unknown("retrieval", retrieval, ("reference", "paper"))
+        budget.rows(len(bank))
+        self.bank, self.retrieval, self.budget = bank, retrieval, budget
+
+    def select(
+        self, x_t: Tensor, noise: Noise, locality: Locality, eligible: Tensor | None, seed: Tensor
+    ) -> Support:
+        rows = torch.arange(len(self.bank), device=x_t.device) if eligible is None else eligible
+        m, k = self.budget.sizes(noise if noise.alpha.ndim == 0 else noise[0], len(rows))
+        q, s = self.bank.query(x_t, noise)
+        proxies = _ProxyScan(self.bank, q, s, None if eligible is None else eligible)
+        chosen = []
+        for b in range(len(x_t)):
+            if self.retrieval == "reference":
+                keys = self.bank.keys[rows]
+                pool = draw(keys, m, int(seed[b]), int(noise.angle.reshape(-1)[0]))
+                candidates = proxies.nearest(b, pool, self.budget.rows(len(rows))[1])
+            else:
+                candidates = proxies.nearest(b, None, m)
+            chosen.append(nearest_rows(self.bank, q[b], s[b], rows[candidates], k))
+        return Support(
+            torch.stack(chosen)[:, None], None, None, torch.full((len(x_t),), len(rows)), shared=False
+        )
+
+
+class _ProxyScan:
+    """Proxy distances of a batch to all eligible rows, one product for each block of rows."""
+
+    def __init__(self, bank: Bank, q: Tensor, s: Tensor, eligible: Tensor | None) -> None:
+        self.bank, self.eligible = bank, eligible
+        self.q, self.s = bank.pooling(q), s.double()
+        count = len(bank) if eligible is None else len(eligible)
+        self.scores = torch.empty(len(q), count, dtype=q.dtype, device=q.device)
+        self.tolerance = torch.zeros(len(q), dtype=torch.float64, device=q.device)
+        block = 8192
+        for start in range(0, count, block):
+            part = slice(start, min(start + block, count))
+            p = bank.proxy[part if eligible is None else eligible[part]].to(q.dtype)
+            scores, tolerance = fast_scores(self.q, self.s, p, p.square().sum(1))
+            self.scores[:, part] = scores
+            self.tolerance = torch.maximum(self.tolerance, tolerance)
+            bank.bytes_read += p.numel() * 4
+
+    def nearest(self, b: int, among: Tensor | None, count: int) -> Tensor:
+        """Positions (within the eligible rows) of the `count` nearest proxies, of all or among some."""
+
+        def position(i: Tensor) -> Tensor:
+            return i if among is None else among[i]
+
+        def row(i: Tensor) -> Tensor:
+            return position(i) if self.eligible is None else self.eligible[position(i)]
+
+        scores = self.scores[b] if among is None else self.scores[b, among]
+        exact = lambda i: (self.q[b] - self.s[b] * self.bank.proxy[row(i)].double()).square().sum(1)  # noqa: E731
+        return position(smallest(scores, count, float(self.tolerance[b]), exact, lambda i: self.bank.keys[row(i)]))
+
+
+def nearest_rows(bank: Bank, q: Tensor, s: Tensor, rows: Tensor, count: int) -> Tensor:
+    """The `count` rows nearest to one image at full resolution, ascending; q `(D,)`, s `()`."""
+    if count >= len(rows):
+        return rows.sort().values
+    scores, tolerances = [], []
+    for part in rows.split(1024):
+        score, tolerance = fast_scores(q[None], s[None], bank.centred(part, q.dtype), bank.norms[part].to(q.dtype))
+        scores.append(score[0])
+        tolerances.append(tolerance)
+    chosen = smallest(
+        torch.cat(scores),
+        count,
+        float(torch.cat(tolerances).max()),
+        lambda i: bank.distances(q, s, rows[i]),
+        lambda i: bank.keys[rows[i]],
+    )
+    return rows[chosen].sort().values
+
+
+def fast_scores(q: Tensor, s: Tensor, v: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    """`|q - s v|^2 - |q|^2` by one product, `(B, n)`, and a generous bound of its rounding error, `(B,)`."""
+    s = s[:, None]
+    scores = (s**2).to(v.dtype) * norms - (2 * s * q).to(v.dtype) @ v.T
+    longest = norms.max().double().sqrt()
+    scale = s[:, 0] * longest * (2 * q.double().norm(dim=1) + s[:, 0] * longest)
+    return scores, 32 * torch.finfo(v.dtype).eps * scale
+
+
+def smallest(
+    fast: Tensor,
+    count: int,
+    tolerance: float,
+    exact: Callable[[Tensor], Tensor],
+    keys: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Positions of the `count` smallest values, where `fast` knows them up to `tolerance`.
+
+    Those near the cut are measured by `exact(positions)`; equal ones go by `keys(positions)`.
+    """
+    if count >= len(fast):
+        return torch.arange(len(fast), device=fast.device)
+    cut = fast.kthvalue(count).values.double()
+    sure = (fast.double() < cut - 2 * tolerance).nonzero()[:, 0]
+    near = ((fast.double() - cut).abs() <= 2 * tolerance).nonzero()[:, 0]
+    if len(sure) + len(near) > count:
+        near = near[keys(near).argsort()]
+        near = near[exact(near).argsort(stable=True)][: count - len(sure)]
+    return torch.cat([sure, near])
+
+
+def draw(keys: Tensor, count: int, seed: int, level: int) -> Tensor:
+    """Positions of `count` rows drawn uniformly without replacement: those with the smallest hash.
+
+    Arguments:
+        keys: `(n,)` int64, of the rows. seed: of the image. level: of the noise, `Noise.angle`.
+    """
+    if count >= len(keys):
+        return torch.arange(len(keys), device=keys.device)
+    salt = _mix(_mix(torch.tensor(seed)) ^ torch.tensor(level))
+    hashed = _mix(keys ^ salt.to(keys.device))
+    return hashed.topk(count, largest=False, sorted=False).indices
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 on int64, which wraps ("Fast splittable pseudorandom number generators")."""
+    x = x + -0x61C8864680B583EB
+    x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,155 @@
+"""Locality: which input pixels vote on each output pixel."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .bank import Bank
+from .errors import GolddiffError, unknown
+from .noise import Noise
+
+__all__ = ["MASK_RULES", "GivenMask", "Locality", "Masked", "PCAMask", "WholeImage"]
+
+MASK_RULES = ("correlation", "published")
+KEPT_IN_MEMORY = 32
+
+
+class Locality(abc.ABC):
+    """What is compared when a row is weighed. A *local* one has logits for each output pixel of its own."""
+
+    local: bool
+
+
+class WholeImage(Locality):
+    """All pixels vote on every pixel: one weight for each row."""
+
+    local = False
+
+
+class Masked(Locality):
+    r"""A mask decides which pixels n vote on the output pixel m:
+
+    .. math:: l_i[m] = -\frac{1}{2 \sigma^2} \sum_n M[n, m] (x_t[n] - \alpha x_i[n])^2
+    """
+
+    local = True
+
+    @abc.abstractmethod
+    def mask(self, noise: Noise, label: int | None = None) -> Tensor:
+        """`M[n, m]` at one noise level, `(D, D)` bool (or float weights); the sum runs over n."""
+
+
+class GivenMask(Masked):
+    """A mask given by the user.
+
+    Arguments:
+        mask: `(D, D)` boolean (or float weights) M[n, m], or a callable of `Noise` that returns one.
+        size: D.
+    """
+
+    def __init__(self, mask: Any, size: int) -> None:
+        self._mask: Callable[[Noise], Any] = mask if callable(mask) else lambda noise: mask
+        self._size = size
+        if not callable(mask):
+            self.mask(Noise(1.0, 1.0))
+
+    def mask(self, noise: Noise, label: int | None = None) -> Tensor:
+        mask = torch.as_tensor(self._mask(noise))
+        if mask.shape != (self._size, self._size):
+            raise GolddiffError(
+                f"mask of shape {tuple(mask.shape)}: give ({self._size}, {self._size}), M[n, m] summed over n"
+            )
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            mask = mask.bool()
+        return mask
+
+
+class PCAMask(Masked):
+    r"""The mask of PCA-locality ("Locality in Image Diffusion Models Emerges from Data Statistics").
+
+    With the eigenbasis of the bank's covariance in float64,
+
+    .. math:: W = U \,\mathrm{diag}\left(\frac{\alpha^2 \lambda}{\alpha^2 \lambda + \sigma^2}\right) U^T
+
+    `correlation` (default): `M[n, m] = |W[n, m]| >= threshold * sqrt(W[n, n] W[m, m])`. Every pixel sees
+    itself; constant pixels see only themselves and nobody else sees them.
+
+    `published`: with `R[n, m] = W[n, m] / W[n, n]` (R[n, n] = 1 where |W[n, n]| < 1e-6),
+    `M[n, m] = |R[n, m]| >= threshold * max |R|`. The maximum is set by pixels of almost no variance, so
+    columns can be empty (their output is the plain mean of the subset). A threshold of 0 keeps R itself.
+
+    Masks are computed once for a bank and noise level, and kept with the bank.
+
+    Arguments:
+        threshold: at least 0; the paper uses 0.02 to 0.04 with the published rule.
+        rule: `correlation` or `published`.
+        statistics: `bank`, or `class` for the statistics of the label's rows.
+    """
+
+    def __init__(
+        self, bank: Bank, threshold: float = 0.02, rule: str = "correlation", statistics: str = "bank"
+    ) -> None:
+        if rule not in MASK_RULES:
+            raise unknown("mask_rule", rule, MASK_RULES)
+        if not 0 <= threshold <= 1:
+            raise GolddiffError(f"threshold is {threshold}: give a number from 0 to 1")
+        self.bank, self.threshold, self.rule, self.statistics = bank, threshold, rule, statistics
+        self._recent: OrderedDict[str, Tensor] = OrderedDict()
+
+    def mask(self, noise: Noise, label: int | None = None) -> Tensor:
+        label = label if self.statistics == "class" else None
+        what = f"{self.rule} {self.threshold!r} {label} {int(noise.angle)}"
+        name = "mask-" + hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
+        if name in self._recent:
+            self._recent.move_to_end(name)
+            return self._recent[name]
+        compute = self._published if self.rule == "published" else self._correlation
+        if self.rule == "published" and self.threshold == 0:
+            mask = compute(noise, label)
+        else:
+            packed = self.bank.keep(name, lambda: {"bits": _pack(compute(noise, label))}, remember=False)
+            mask = _unpack(packed["bits"], self.bank.D)
+        self._recent[name] = mask
+        if len(self._recent) > KEPT_IN_MEMORY:
+            self._recent.popitem(last=False)
+        return mask
+
+    def _correlation(self, noise: Noise, label: int | None) -> Tensor:
+        spectrum = self.bank.spectrum(label)
+        alpha, sigma = float(noise.alpha), float(noise.sigma)
+        # without alpha^2, a common factor that the rule does not see: so alpha = 0 has its limit, C itself
+        power = spectrum.eigenvalues
+        w = spectrum.filtered(power / (alpha**2 * power + sigma**2))
+        deviation = w.diagonal().clamp(min=0).sqrt()
+        mask = w.abs_() >= self.threshold * torch.outer(deviation, deviation)
+        varying = spectrum.varying
+        mask &= torch.outer(varying, varying)
+        return mask.fill_diagonal_(True)
+
+    def _published(self, noise: Noise, label: int | None) -> Tensor:
+        spectrum = self.bank.spectrum(label)
+        power = float(noise.alpha) ** 2 * spectrum.eigenvalues
+        w = spectrum.filtered(power / (power + float(noise.sigma) ** 2))
+        own = w.diagonal().clone()
+        own = torch.where(own.abs() < 1e-6, 1.0, own)
+        w.diagonal().copy_(own)
+        ratio = w / own[:, None]
+        if self.threshold == 0:
+            return ratio
+        return ratio.abs() >= self.threshold * ratio.abs().max()
+
+
+def _pack(mask: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(mask.numpy(), axis=1))
+
+
+def _unpack(bits: Tensor, size: int) -> Tensor:
+    return torch.from_numpy(np.unpackbits(bits.numpy(), axis=1, count=size)).bool()
