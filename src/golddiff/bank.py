@@ -108,8 +108,8 @@ class Bank:
         """Builds a bank, or opens it if the cache already holds it.
 
         Arguments:
-            source: a path or a known name (`digits`, `mnist5k`, `mnist`, ...), or an array or tensor of
-                pictures (uint8, or floats in [-1, 1]).
+            source: a path or a known name (`digits`, `mnist5k`, `mnist`, ...), an array or tensor of
+                pictures (uint8, or floats in [-1, 1]), or the folder of a built bank, which is opened.
             out: folder of the bank. By default it goes to the cache (`$GOLDDIFF_CACHE`); a bank of an array
                 without `out` lives in memory.
             labels: `(N,)` integers, for a source that is an array.
@@ -139,6 +139,8 @@ class Bank:
         else:
             if labels is not None:
                 raise GolddiffError("labels= goes with an array of pictures; a path brings its own labels")
+            if out is None and (Path(source) / META).is_file():
+                return cls._open_as_is(Path(source), options)
             if out is None:
                 out = _cached_path(source, options)
                 if (out / META).exists() and not force:
@@ -161,7 +163,7 @@ class Bank:
             (folder / META).write_text(json.dumps(meta, indent=1))
             bank = cls.open(folder)
             if bank.D <= SPECTRUM_AT_BUILD:
-                with tqdm(total=1, desc="spectrum", disable=not progress) as bar:
+                with tqdm(total=1, desc="spectrum", disable=None if progress else True) as bar:
                     bank.spectrum()
                     bar.update()
         return cls.open(out)
@@ -190,6 +192,13 @@ class Bank:
             if found != stated:
                 raise GolddiffError(f"{path}/{name}.npy is {found}, not {stated}: build the bank again")
         return cls(arrays, meta, path)
+
+    @classmethod
+    def _open_as_is(cls, path: Path, options: dict[str, Any]) -> Bank:
+        changed = [f"--{name}" for name in ("size", "limit", "layout") if options[name] is not None]
+        if changed:
+            raise GolddiffError(f"{path} is a built bank: give {', '.join(changed)} when building it from its source")
+        return cls.open(path)
 
     def to(self, device: str | torch.device) -> Bank:
         """The same bank with its arrays on `device`."""
@@ -357,7 +366,7 @@ def _fill(
     ids[:] = names
     digests = np.empty((count, 2), dtype=np.int64)
     total = np.zeros(size)
-    with tqdm(total=count, desc="images", unit="", disable=not progress) as bar:
+    with tqdm(total=count, desc="images", unit="", disable=None if progress else True) as bar:
         for start, block in images.blocks(BLOCK):
             stop = start + len(block)
             pixels[start:stop] = block
@@ -372,7 +381,7 @@ def _fill(
     pooling = Pooling(images.shape)
     norms = create("norms", (count,), np.float64)
     proxy = create("proxy", (count, pooling.size), np.float32)
-    for start in tqdm(range(0, count, BLOCK), desc="proxies", disable=not progress):
+    for start in tqdm(range(0, count, BLOCK), desc="proxies", disable=None if progress else True):
         part = slice(start, min(start + BLOCK, count))
         v = torch.from_numpy(pixels[part].reshape(-1, size) - centre.astype(np.float64))
         norms[part] = v.square().sum(1)

@@ -145,7 +145,7 @@ def sample(
     if len(each) != len(seeds):
         raise GolddiffError(f"{len(each)} labels for {len(seeds)} seeds: give one, or one for each")
     out = []
-    with tqdm(total=len(seeds) * steps, desc="sampling", unit="step", disable=not progress) as bar:
+    with tqdm(total=len(seeds) * steps, desc="sampling", unit="step", disable=None if progress else True) as bar:
         for start in range(0, len(seeds), batch):
             part = slice(start, start + batch)
             for step in trajectory(
