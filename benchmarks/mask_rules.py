@@ -1,4 +1,4 @@
-"""Which stable mask rule? Agreement of PCA-locality's masks with a trained network.
+"""Which mask rule? Agreement of PCA-locality's masks with a trained network.
 
     python benchmarks/mask_rules.py mnist --seeds 8
     python benchmarks/mask_rules.py cifar10 --seeds 8 --thresholds 0.02 0.03
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import golddiff as gd
+from golddiff.locality import MASK_RULES
 from golddiff.noise import Noise
 from golddiff.sample import initial_noise
 
@@ -34,23 +35,6 @@ def network_images(folder: Path, seeds: range, shape: tuple[int, int, int]) -> t
 
     *_, last = gd.DDIM().steps(denoise, initial_noise(seeds, shape), schedule.levels(10))
     return last.x_next
-
-
-def by_output_pixel(bank: gd.Bank, threshold: float):
-    """`|W[n, m]| >= threshold * W[m, m]`, the other stable rule."""
-    spectrum, kept = bank.spectrum(), {}
-
-    def mask(noise: Noise) -> torch.Tensor:
-        key = int(noise.angle)
-        if key not in kept:
-            power = spectrum.eigenvalues
-            w = spectrum.filtered(power / (float(noise.alpha) ** 2 * power + float(noise.sigma) ** 2))
-            seen = w.abs() >= threshold * w.diagonal()[None]
-            seen &= torch.outer(spectrum.varying, spectrum.varying)
-            kept[key] = seen.fill_diagonal_(True)
-        return kept[key]
-
-    return mask
 
 
 def agreement(images: torch.Tensor, network: torch.Tensor) -> tuple[float, float]:
@@ -76,15 +60,14 @@ def main() -> None:
     print("| (Wiener) | | | {:.4f} | {:.3f} |".format(*wiener))
     for retrieval in args.retrieval:
         for threshold in args.thresholds:
-            rules = {
-                "correlation": {"threshold": threshold},
-                "output pixel": {"mask": by_output_pixel(bank, threshold)},
-                "published": {"threshold": threshold, "mask_rule": "published"},
-            }
-            for rule, options in rules.items():
-                images = gd.sample(gd.denoiser("golddiff", bank, retrieval=retrieval, **options), seeds)
+            for rule in MASK_RULES:
+                options = {"retrieval": retrieval, "threshold": threshold, "mask_rule": rule}
+                images = gd.sample(gd.denoiser("golddiff", bank, **options), seeds)
                 scores = agreement(images, network)
-                print("| {} | {} | {} | {:.4f} | {:.3f} |".format(rule, threshold, retrieval, *scores), flush=True)
+                print(
+                    "| {} | {} | {} | {:.4f} | {:.3f} |".format(rule, threshold, retrieval, *scores),
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -247,7 +247,8 @@ class Bank:
 
         .. math:: |x_t - \alpha x_i|^2 / \sigma^2 = |q - s v_i|^2
 
-        so that logits are `-|q - s v_i|^2 / 2`, also where `alpha = 0`, and only `sigma / alpha` and `x_t / sigma` matter.
+        so that logits are `-|q - s v_i|^2 / 2`, also where `alpha = 0`. Only `sigma / alpha` and `x_t / sigma`
+        matter.
         """
         alpha, sigma = noise.expand(len(x_t)).like(x_t.flatten(1).double())
         origin = (self.centre.double() * self.scale + self.offset).to(x_t.device)
@@ -281,9 +282,7 @@ class Bank:
         largest = float(torch.maximum(centre, 255 - centre).max()) if self.is_uint8 else None
         return compute_spectrum(blocks, count, centre, self.scale, self.offset, largest)
 
-    def keep(
-        self, name: str, compute: Callable[[], dict[str, Tensor]], remember: bool = True
-    ) -> dict[str, Tensor]:
+    def keep(self, name: str, compute: Callable[[], dict[str, Tensor]], remember: bool = True) -> dict[str, Tensor]:
         """Tensors derived from this bank: from memory, from its folder, or computed and put there.
 
         With `remember=False` they are not held in memory (a bank without a folder then forgets them).
@@ -353,9 +352,7 @@ class _fresh_folder:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _fill(
-    images: Images, source: dict[str, Any], create: Callable[..., np.ndarray], progress: bool
-) -> dict[str, Any]:
+def _fill(images: Images, source: dict[str, Any], create: Callable[..., np.ndarray], progress: bool) -> dict[str, Any]:
     """Writes every array of a bank through `create(name, shape, dtype)`; returns the metadata."""
     count, size = len(images), int(np.prod(images.shape))
     pixels = create("pixels", (count, *images.shape), images.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -83,9 +84,7 @@ class Subset(abc.ABC):
     by_level: bool
 
     @abc.abstractmethod
-    def select(
-        self, x_t: Tensor, noise: Noise, locality: Locality, eligible: Tensor | None, seed: Tensor
-    ) -> Support:
+    def select(self, x_t: Tensor, noise: Noise, locality: Locality, eligible: Tensor | None, seed: Tensor) -> Support:
         """The support of each image.
 
         Arguments:
@@ -104,9 +103,7 @@ class Everything(Subset):
     def __init__(self, bank: Bank) -> None:
         self.bank = bank
 
-    def select(
-        self, x_t: Tensor, noise: Noise, locality: Locality, eligible: Tensor | None, seed: Tensor
-    ) -> Support:
+    def select(self, x_t: Tensor, noise: Noise, locality: Locality, eligible: Tensor | None, seed: Tensor) -> Support:
         count = len(self.bank) if eligible is None else len(eligible)
         rows = None if eligible is None else eligible.expand(len(x_t), 1, -1)
         return Support(rows, None, None, torch.full((len(x_t),), count), shared=True)
@@ -120,7 +117,9 @@ class Budget:
     .. math:: m = m_{min} + (m_{max} - m_{min}) loc, \quad k = k_{max} - (k_{max} - k_{min}) loc
 
     Arguments:
-        k_min, k_max, m_min, m_max: numbers of rows (int), or fractions of the eligible rows (float <= 1).
+        k_min, k_max, m_min, m_max: numbers of rows (int), or fractions of the eligible rows (float <= 1);
+            they must not decrease in this order. Where a number and a fraction cross, because a class has
+            few rows, the earlier one stands for the later.
     """
 
     k_min: int | float = 1 / 20
@@ -143,12 +142,7 @@ class Budget:
     def rows(self, count: int) -> tuple[int, int, int, int]:
         """`k_min, k_max, m_min, m_max` in rows, of `count` eligible ones."""
         sizes = [v if isinstance(v, int) else round(v * count) for v in vars(self).values()]
-        k_min, k_max, m_min, m_max = (min(max(v, 1), count) for v in sizes)
-        if not k_min <= k_max <= m_min <= m_max:
-            raise GolddiffError(
-                f"of {count} rows, k_min = {k_min}, k_max = {k_max}, m_min = {m_min}, m_max = {m_max}: "
-                "they must not decrease in this order"
-            )
+        k_min, k_max, m_min, m_max = itertools.accumulate((min(max(v, 1), count) for v in sizes), max)
         return k_min, k_max, m_min, m_max
 
     def sizes(self, noise: Noise, count: int) -> tuple[int, int]:
@@ -181,12 +175,9 @@ class GoldenSubset(Subset):
     def __init__(self, bank: Bank, retrieval: str, budget: Budget) -> None:
         if retrieval not in ("reference", "paper"):
             raise unknown("retrieval", retrieval, ("reference", "paper"))
-        budget.rows(len(bank))
         self.bank, self.retrieval, self.budget = bank, retrieval, budget
 
-    def select(
-        self, x_t: Tensor, noise: Noise, locality: Locality, eligible: Tensor | None, seed: Tensor
-    ) -> Support:
+    def select(self, x_t: Tensor, noise: Noise, locality: Locality, eligible: Tensor | None, seed: Tensor) -> Support:
         rows = torch.arange(len(self.bank), device=x_t.device) if eligible is None else eligible
         m, k = self.budget.sizes(noise if noise.alpha.ndim == 0 else noise[0], len(rows))
         q, s = self.bank.query(x_t, noise)
@@ -200,9 +191,7 @@ class GoldenSubset(Subset):
             else:
                 candidates = proxies.nearest(b, None, m)
             chosen.append(nearest_rows(self.bank, q[b], s[b], rows[candidates], k))
-        return Support(
-            torch.stack(chosen)[:, None], None, None, torch.full((len(x_t),), len(rows)), shared=False
-        )
+        return Support(torch.stack(chosen)[:, None], None, None, torch.full((len(x_t),), len(rows)), shared=False)
 
 
 class _ProxyScan:

@@ -18,7 +18,7 @@ from .noise import Noise
 
 __all__ = ["MASK_RULES", "GivenMask", "Locality", "Masked", "PCAMask", "WholeImage"]
 
-MASK_RULES = ("correlation", "published")
+MASK_RULES = ("output", "correlation", "published")
 KEPT_IN_MEMORY = 32
 
 
@@ -79,8 +79,9 @@ class PCAMask(Masked):
 
     .. math:: W = U \,\mathrm{diag}\left(\frac{\alpha^2 \lambda}{\alpha^2 \lambda + \sigma^2}\right) U^T
 
-    `correlation` (default): `M[n, m] = |W[n, m]| >= threshold * sqrt(W[n, n] W[m, m])`. Every pixel sees
-    itself; constant pixels see only themselves and nobody else sees them.
+    `output` (default): `M[n, m] = |W[n, m]| >= threshold * W[m, m]`, relative to the output pixel.
+    `correlation`: `M[n, m] = |W[n, m]| >= threshold * sqrt(W[n, n] W[m, m])`.
+    In both, every pixel sees itself; constant pixels see only themselves and no other pixel sees them.
 
     `published`: with `R[n, m] = W[n, m] / W[n, n]` (R[n, n] = 1 where |W[n, n]| < 1e-6),
     `M[n, m] = |R[n, m]| >= threshold * max |R|`. The maximum is set by pixels of almost no variance, so
@@ -90,13 +91,11 @@ class PCAMask(Masked):
 
     Arguments:
         threshold: at least 0; the paper uses 0.02 to 0.04 with the published rule.
-        rule: `correlation` or `published`.
+        rule: `output`, `correlation` or `published`.
         statistics: `bank`, or `class` for the statistics of the label's rows.
     """
 
-    def __init__(
-        self, bank: Bank, threshold: float = 0.02, rule: str = "correlation", statistics: str = "bank"
-    ) -> None:
+    def __init__(self, bank: Bank, threshold: float = 0.02, rule: str = "output", statistics: str = "bank") -> None:
         if rule not in MASK_RULES:
             raise unknown("mask_rule", rule, MASK_RULES)
         if not 0 <= threshold <= 1:
@@ -111,7 +110,7 @@ class PCAMask(Masked):
         if name in self._recent:
             self._recent.move_to_end(name)
             return self._recent[name]
-        compute = self._published if self.rule == "published" else self._correlation
+        compute = self._published if self.rule == "published" else self._stable
         if self.rule == "published" and self.threshold == 0:
             mask = compute(noise, label)
         else:
@@ -122,16 +121,16 @@ class PCAMask(Masked):
             self._recent.popitem(last=False)
         return mask
 
-    def _correlation(self, noise: Noise, label: int | None) -> Tensor:
+    def _stable(self, noise: Noise, label: int | None) -> Tensor:
         spectrum = self.bank.spectrum(label)
         alpha, sigma = float(noise.alpha), float(noise.sigma)
-        # without alpha^2, a common factor that the rule does not see: so alpha = 0 has its limit, C itself
+        # without alpha^2, a common factor that these rules do not see: so alpha = 0 has its limit, C itself
         power = spectrum.eigenvalues
         w = spectrum.filtered(power / (alpha**2 * power + sigma**2))
-        deviation = w.diagonal().clamp(min=0).sqrt()
-        mask = w.abs_() >= self.threshold * torch.outer(deviation, deviation)
-        varying = spectrum.varying
-        mask &= torch.outer(varying, varying)
+        own = w.diagonal().clamp(min=0)
+        scale = own[None] if self.rule == "output" else torch.outer(own.sqrt(), own.sqrt())
+        mask = w.abs() >= self.threshold * scale
+        mask &= torch.outer(spectrum.varying, spectrum.varying)
         return mask.fill_diagonal_(True)
 
     def _published(self, noise: Noise, label: int | None) -> Tensor:

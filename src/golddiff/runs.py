@@ -63,7 +63,13 @@ class Recipe:
 
 
 def run(
-    denoiser: Denoiser, recipe: Recipe, out: Path, *, batch: int = 16, save_steps: bool = False, force: bool = False
+    denoiser: Denoiser,
+    recipe: Recipe,
+    out: Path,
+    *,
+    batch: int = 16,
+    save_steps: bool = False,
+    force: bool = False,
 ) -> Path:
     """Samples the seeds of a recipe into a folder; seeds that are finished there are kept.
 
@@ -206,7 +212,7 @@ def _save_json(path: Path, content: dict[str, Any]) -> None:
 def _save_npz(path: Path, **arrays: np.ndarray) -> None:
     part = path.with_name(f".{os.getpid()}-{path.name}")
     with part.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     part.replace(path)
 
 

@@ -83,9 +83,7 @@ def sampler_named(name: str) -> Sampler:
     return SAMPLERS[name]()
 
 
-def initial_noise(
-    seeds: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype = torch.float32
-) -> Tensor:
+def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal noise, `(len(seeds), C, H, W)`, from one CPU float32 generator for each seed."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(dtype)
 
@@ -141,7 +139,9 @@ def sample(
     seeds = _checked_seeds(seeds)
     if batch < 1:
         raise GolddiffError(f"batch is {batch}: give at least 1")
-    each = [NO_LABEL if labels is None else labels] * len(seeds) if labels is None or isinstance(labels, int) else labels
+    each = (
+        [NO_LABEL if labels is None else labels] * len(seeds) if labels is None or isinstance(labels, int) else labels
+    )
     if len(each) != len(seeds):
         raise GolddiffError(f"{len(each)} labels for {len(seeds)} seeds: give one, or one for each")
     out = []
@@ -149,7 +149,13 @@ def sample(
         for start in range(0, len(seeds), batch):
             part = slice(start, start + batch)
             for step in trajectory(
-                denoiser, seeds[part], steps=steps, schedule=schedule, sampler=sampler, labels=each[part], dtype=dtype
+                denoiser,
+                seeds[part],
+                steps=steps,
+                schedule=schedule,
+                sampler=sampler,
+                labels=each[part],
+                dtype=dtype,
             ):
                 bar.update(len(step.x_t))
             out.append(step.posterior.mean)

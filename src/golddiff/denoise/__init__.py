@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..bank import Bank
-from ..errors import GolddiffError, unknown
+from ..errors import unknown
 from ..golden import Budget, Everything, GoldenSubset, Subset
-from ..locality import GivenMask, PCAMask
+from ..locality import GivenMask, Masked, PCAMask
 from .base import Denoiser
 from .local import MaskedDenoiser
 from .whole import Optimal
@@ -16,7 +16,7 @@ from .wiener import Wiener
 __all__ = ["METHODS", "Denoiser", "MaskedDenoiser", "Optimal", "Wiener", "denoiser"]
 
 RETRIEVAL = {"retrieval": "full", "k_min": 1 / 20, "k_max": 1 / 10, "m_min": None, "m_max": None}
-PCA = {"threshold": 0.02, "mask_rule": "correlation", "mask": None, "legacy_batch": None, "statistics": "bank"}
+PCA = {"threshold": 0.02, "mask_rule": "output", "mask": None, "legacy_batch": None, "statistics": "bank"}
 
 METHODS: dict[str, dict[str, Any]] = {
     "optimal": {**RETRIEVAL},
@@ -68,6 +68,7 @@ def denoiser(name: str, bank: Bank, **options: Any) -> Denoiser:
     subset = _subset(bank, chosen)
     if name == "optimal" or chosen.get("locality") == "optimal":
         return Optimal(bank, subset, chosen)
+    mask: Masked
     if chosen["mask"] is None:
         mask = PCAMask(bank, chosen["threshold"], chosen["mask_rule"], chosen["statistics"])
     else:
@@ -83,7 +84,6 @@ def _subset(bank: Bank, chosen: dict[str, Any]) -> Subset:
         chosen["m_min"] = chosen["k_max"]
     if chosen["m_max"] is None:
         share = 1.0 if chosen["retrieval"] == "reference" else 0.25
-        fits = isinstance(chosen["m_min"], float) and chosen["m_min"] <= share
-        chosen["m_max"] = share if fits else max(round(share * len(bank)), chosen["m_min"])
+        chosen["m_max"] = max(share, chosen["m_min"]) if isinstance(chosen["m_min"], float) else share
     budget = Budget(*(chosen[key] for key in ("k_min", "k_max", "m_min", "m_max")))
     return GoldenSubset(bank, chosen["retrieval"], budget)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class Denoiser(abc.ABC):
         by_level: images of one call to `_posterior` must have the same noise level.
     """
 
-    properties: ClassVar[frozenset[str]]
+    properties: frozenset[str]
     bank: Bank
     options: dict[str, Any]
     by_level: bool = False

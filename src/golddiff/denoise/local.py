@@ -73,16 +73,16 @@ class MaskedDenoiser(Denoiser):
 
         def weigh(b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
             rows, columns = support.rows_of(b), mask if pixels is None else mask[:, pixels]
-            logits = [masked_logits(q[b], s[b], self.bank.centred(part, x_t.dtype), columns) for part in rows.split(block)]
+            logits = [
+                masked_logits(q[b], s[b], self.bank.centred(part, x_t.dtype), columns) for part in rows.split(block)
+            ]
             if self.legacy_batch:
                 return rows, torch.cat([softmax_of_rows(part.T)[0].T for part in logits]) / len(logits)
             return rows, softmax_of_rows(torch.cat(logits).T)[0].T
 
         mean = torch.stack([torch.stack([part.mean for part in parts]).mean(0) for parts in sums])
         log_total = torch.stack([torch.stack([part.log_total for part in parts]).logsumexp(0) for parts in sums])
-        ess = torch.stack(
-            [len(parts) ** 2 / torch.stack([1 / part.ess for part in parts]).sum(0) for parts in sums]
-        )
+        ess = torch.stack([len(parts) ** 2 / torch.stack([1 / part.ess for part in parts]).sum(0) for parts in sums])
         return Posterior(
             mean=self.bank.uncentred(mean).to(x_t.dtype).reshape(x_t.shape),
             log_evidence=(log_total - support.eligible.double().log()[:, None].to(x_t.device)).reshape(x_t.shape),

@@ -33,9 +33,7 @@ class Optimal(Denoiser):
     they are measured again by differences in float64.
     """
 
-    properties = frozenset(
-        {"convex", "permutation_invariant", "exact", "nearest_at_low_noise", "mean_at_high_noise"}
-    )
+    properties = frozenset({"convex", "permutation_invariant", "exact", "nearest_at_low_noise", "mean_at_high_noise"})
 
     def __init__(self, bank: Bank, subset: Subset | None = None, options: dict[str, Any] | None = None) -> None:
         self.bank, self.locality, self.options = bank, WholeImage(), options or {}

@@ -19,9 +19,7 @@ LABEL_KEYS = ("arr_1", "labels")
 LAYOUTS = ("NHWC", "NCHW", "NHW")
 
 
-def from_array(
-    array: Any, labels: Any = None, layout: str | None = None, classes: tuple[str, ...] = ()
-) -> Images:
+def from_array(array: Any, labels: Any = None, layout: str | None = None, classes: tuple[str, ...] = ()) -> Images:
     """Pictures held in memory.
 
     Arguments:
@@ -56,9 +54,7 @@ def from_array(
 def check_pixels(array: np.ndarray) -> None:
     """Refuses what cannot be pixels, with the conversion that is missing."""
     if array.dtype not in (np.uint8, np.float32, np.float64):
-        raise GolddiffError(
-            f"pixels of type {array.dtype}: convert them to uint8 (0 to 255) or to float32 in [-1, 1]"
-        )
+        raise GolddiffError(f"pixels of type {array.dtype}: convert them to uint8 (0 to 255) or to float32 in [-1, 1]")
     if array.dtype != np.uint8:
         finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
         if not finite.all():

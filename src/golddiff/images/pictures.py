@@ -115,13 +115,19 @@ def _pixels(picture: EncodedPicture, grey: bool, size: int | None) -> np.ndarray
                     raise GolddiffError(f"{picture.name} is partly transparent: flatten it onto a background")
             image = image.convert("L" if grey else "RGB")
             if size is not None:
-                image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+                image = _square(image).resize((size, size), Image.Resampling.LANCZOS)
             pixels = np.asarray(image)
     except GolddiffError:
         raise
     except DECODE_ERRORS as error:
         raise _broken(picture, error) from error
     return pixels[None] if grey else np.moveaxis(pixels, 2, 0)
+
+
+def _square(image: Image.Image) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
 def _broken(picture: EncodedPicture, error: Exception) -> GolddiffError:

@@ -1,0 +1,144 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import golddiff as gd
+import oracles
+from conftest import toy_arrays
+from golddiff.proxy import Pooling
+
+
+def test_rows_come_back_in_minus_one_to_one(toy):
+    pixels, labels = toy_arrays()
+    rows = torch.tensor([5, 0, 59])
+    expected = torch.from_numpy(pixels[rows]).double() / 127.5 - 1
+    assert torch.allclose(toy.images(rows, torch.float64), expected, atol=1e-14)
+    assert torch.equal(toy.labels, torch.from_numpy(labels))
+    assert torch.allclose(toy.norms, toy.centred(slice(None), torch.float64).square().sum(1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("count", [200, 60, 20, 2])
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_spectrum_is_that_of_the_covariance(count, kind):
+    pixels, _ = toy_arrays(count)
+    pixels[:, 0, 1, 1] = 77  # a constant pixel
+    if kind is np.float32:
+        pixels = pixels.astype(np.float32) / 127.5 - 1
+    bank = gd.Bank.build(pixels)
+    rows = bank.images(slice(None), torch.float64).flatten(1).numpy()
+    mean, cov = oracles.covariance(rows)
+    spectrum = bank.spectrum()
+    assert np.abs(spectrum.mean.numpy() - mean).max() < 1e-12
+    assert np.abs(spectrum.filtered(spectrum.eigenvalues).numpy() - cov).max() < 1e-12
+    assert np.abs(spectrum.variances.numpy() - cov.diagonal()).max() < 1e-12
+    u = spectrum.eigenvectors
+    assert (u.T @ u - torch.eye(u.shape[1])).abs().max() < 1e-9
+    constant = 1 * 5 + 1
+    assert not spectrum.varying[constant]
+    assert u[constant].abs().max() == 0
+
+
+def test_spectrum_of_a_class(toy):
+    rows = toy.images(toy.rows_of(1), torch.float64).flatten(1).numpy()
+    mean, cov = oracles.covariance(rows)
+    spectrum = toy.spectrum(1)
+    assert np.abs(spectrum.mean.numpy() - mean).max() < 1e-12
+    assert np.abs(spectrum.filtered(spectrum.eigenvalues).numpy() - cov).max() < 1e-12
+
+
+def test_statistics_do_not_depend_on_the_order_of_rows():
+    pixels, labels = toy_arrays(200)
+    order = np.random.default_rng(1).permutation(200)
+    a, b = gd.Bank.build(pixels, labels=labels), gd.Bank.build(pixels[order], labels=labels[order])
+    assert torch.equal(a.spectrum().eigenvectors, b.spectrum().eigenvectors)
+    assert torch.equal(a.keys[torch.from_numpy(order)], b.keys)
+    assert a.fingerprint != b.fingerprint
+
+
+def test_fingerprint_sees_pixels_and_labels():
+    pixels, labels = toy_arrays()
+    prints = {gd.Bank.build(pixels, labels=labels).fingerprint}
+    pixels[3, 1, 2, 2] ^= 1
+    prints.add(gd.Bank.build(pixels, labels=labels).fingerprint)
+    labels[3] = (labels[3] + 1) % 3
+    prints.add(gd.Bank.build(pixels, labels=labels).fingerprint)
+    assert len(prints) == 3
+
+
+def test_copies_of_an_image_have_keys_of_their_own():
+    pixels, _ = toy_arrays(10)
+    bank = gd.Bank.build(np.concatenate([pixels, pixels, pixels[:2]]))
+    assert len(bank.keys.unique()) == 22
+
+
+@pytest.mark.parametrize(
+    ("side", "cells"),
+    [(64, 16), (32, 16), (28, 14), (8, 8), (5, 5), (1, 1), (20, 10), (29, 16), (34, 16), (17, 16)],
+)
+def test_pooling_is_a_projection_that_bounds_distances(side, cells):
+    pooling = Pooling((2, side, side))
+    assert pooling.size == 2 * cells**2
+    a, b = torch.randn(2, 4, 2 * side * side, dtype=torch.float64)
+    small, full = (pooling(a) - pooling(b)).square().sum(1), (a - b).square().sum(1)
+    assert (small <= full * (1 + 1e-12)).all()
+    image = a[0].reshape(2, side, side).numpy()
+    assert np.abs(pooling(a[:1])[0].numpy() - oracles.pooled(image, cells, cells)).max() < 1e-12
+
+
+def test_built_once_opened_at_once(tmp_path, digits):
+    bank = gd.Bank.build("digits", tmp_path / "bank")
+    assert bank.fingerprint == digits.fingerprint
+    again = gd.Bank.open(tmp_path / "bank")
+    assert torch.equal(again.pixels, bank.pixels)
+    assert again.path == tmp_path / "bank"
+    assert gd.Bank.build("digits").path == digits.path
+    assert gd.Bank.build(tmp_path / "bank").path == tmp_path / "bank"
+    assert [p.name for p in tmp_path.iterdir()] == ["bank"]
+    assert not list((tmp_path / "bank").rglob("*.pkl"))
+
+
+def test_a_bank_is_not_overwritten_without_force(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(gd.GolddiffError, match="--force"):
+        gd.Bank.build("digits", tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("golddiff.bank.Pooling.__call__", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gd.Bank.build("digits", tmp_path / "bank")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_changed_files_are_another_bank(tmp_path):
+    pixels, _ = toy_arrays()
+    np.save(tmp_path / "a.npy", pixels)
+    first = gd.Bank.build(tmp_path / "a.npy")
+    np.save(tmp_path / "a.npy", pixels[:40])
+    assert len(gd.Bank.build(tmp_path / "a.npy")) == 40
+    assert len(first) == 60
+
+
+@pytest.mark.parametrize("harm", ["no json", "bad json", "version", "short file", "missing file", "wrong shape"])
+def test_damaged_banks_are_refused(tmp_path, harm):
+    folder = tmp_path / "bank"
+    gd.Bank.build("digits", folder, limit=50)
+    meta = folder / "bank.json"
+    if harm == "no json":
+        meta.unlink()
+    elif harm == "bad json":
+        meta.write_text(meta.read_text()[:40])
+    elif harm == "version":
+        meta.write_text(json.dumps({**json.loads(meta.read_text()), "format": 99}))
+    elif harm == "short file":
+        (folder / "pixels.npy").write_bytes((folder / "pixels.npy").read_bytes()[:-100])
+    elif harm == "missing file":
+        (folder / "proxy.npy").unlink()
+    else:
+        np.save(folder / "labels.npy", np.zeros(7, dtype=np.int64))
+    with pytest.raises(gd.GolddiffError, match="build|not a bank"):
+        gd.Bank.open(folder)

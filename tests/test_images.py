@@ -1,0 +1,289 @@
+import gzip
+import io
+import json
+import struct
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import golddiff as gd
+from conftest import outside
+from golddiff.images.arrays import from_array, guess_layout
+
+RNG = np.random.default_rng(0)
+COLOUR = RNG.integers(0, 256, (6, 5, 7, 3), dtype=np.uint8)
+GREY = RNG.integers(0, 256, (6, 5, 7), dtype=np.uint8)
+LABELS = np.array([0, 0, 1, 1, 1, 2])
+
+
+def all_of(images):
+    return np.concatenate([block for _, block in images.blocks(4)])
+
+
+def png(array, **options):
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, format="PNG", **options)
+    return file.getvalue()
+
+
+def write_idx(path, array):
+    data = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+def test_flat_folder(tmp_path):
+    for i in (2, 0, 1):
+        (tmp_path / f"{i}.png").write_bytes(png(COLOUR[i]))
+    (tmp_path / ".hidden.png").write_bytes(b"x")
+    (tmp_path / "notes.txt").write_text("x")
+    images = gd.open_source(tmp_path)
+    assert np.array_equal(all_of(images), COLOUR[:3].transpose(0, 3, 1, 2))
+    assert list(images.ids) == ["0.png", "1.png", "2.png"]
+    assert images.labels.tolist() == [-1, -1, -1]
+
+
+def test_class_folders(tmp_path):
+    for i, name in enumerate(["cat", "cat", "ant", "ant", "bee", "bee"]):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / f"{i}.PNG").write_bytes(png(GREY[i]))
+    images = gd.open_source(tmp_path)
+    assert images.classes == ("ant", "bee", "cat")
+    assert images.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert np.array_equal(all_of(images), GREY[[2, 3, 4, 5, 0, 1]][:, None])
+    assert images.ids[0] == "ant/2.PNG"
+
+
+def test_splits_in_folders(tmp_path):
+    for split, i in (("train", 0), ("val", 1)):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "a.png").write_bytes(png(COLOUR[i]))
+    assert np.array_equal(all_of(gd.open_source(tmp_path, split="val"))[0], COLOUR[1].transpose(2, 0, 1))
+    with pytest.raises(gd.GolddiffError, match="no split 'test'"):
+        gd.open_source(tmp_path, split="test")
+
+
+def test_grey_only_if_all_are_grey(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(GREY[0]))
+    assert gd.open_source(tmp_path).shape == (1, 5, 7)
+    (tmp_path / "b.png").write_bytes(png(COLOUR[0]))
+    images = gd.open_source(tmp_path)
+    assert images.shape == (3, 5, 7)
+    assert np.array_equal(all_of(images)[0], np.stack([GREY[0]] * 3))
+
+
+@pytest.mark.parametrize("gz", ["", ".gz"])
+def test_idx(tmp_path, gz):
+    write_idx(tmp_path / f"train-images-idx3-ubyte{gz}", GREY)
+    write_idx(tmp_path / f"train-labels-idx1-ubyte{gz}", LABELS.astype(np.uint8))
+    for source in (tmp_path, tmp_path / f"train-images-idx3-ubyte{gz}"):
+        images = gd.open_source(source)
+        assert np.array_equal(all_of(images), GREY[:, None])
+        assert images.labels.tolist() == LABELS.tolist()
+    with pytest.raises(gd.GolddiffError, match="no split 'test'"):
+        gd.open_source(tmp_path, split="test")
+
+
+def write_parquet(path, pictures, labels, names=("a", "b", "c")):
+    cells = [{"bytes": png(p), "path": None} for p in pictures]
+    table = pa.table({"img": cells, "label": pa.array(labels, pa.int64())})
+    info = {"info": {"features": {"label": {"names": list(names), "_type": "ClassLabel"}}}}
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(info)}), path)
+
+
+def test_parquet_in_shards(tmp_path):
+    write_parquet(tmp_path / "train-00000-of-00002.parquet", COLOUR[:4], LABELS[:4])
+    write_parquet(tmp_path / "train-00001-of-00002.parquet", COLOUR[4:], LABELS[4:])
+    write_parquet(tmp_path / "test-00000-of-00001.parquet", COLOUR[:1], LABELS[:1])
+    images = gd.open_source(tmp_path)
+    assert np.array_equal(all_of(images), COLOUR.transpose(0, 3, 1, 2))
+    assert images.labels.tolist() == LABELS.tolist()
+    assert images.classes == ("a", "b", "c")
+    assert len(gd.open_source(tmp_path, split="test")) == 1
+    assert len(gd.open_source(tmp_path / "test-00000-of-00001.parquet")) == 1
+
+
+@pytest.mark.parametrize(("pictures", "labels"), [("arr_0", "arr_1"), ("images", "labels"), ("x", None)])
+def test_npz(tmp_path, pictures, labels):
+    arrays = {pictures: COLOUR} | ({labels: LABELS} if labels else {})
+    np.savez(tmp_path / "a.npz", **arrays)
+    images = gd.open_source(tmp_path / "a.npz")
+    assert np.array_equal(all_of(images), COLOUR.transpose(0, 3, 1, 2))
+    assert images.labels.tolist() == (LABELS.tolist() if labels else [-1] * 6)
+
+
+def test_npy_of_floats_is_taken_as_it_is(tmp_path):
+    data = (COLOUR / 127.5 - 1).astype(np.float32)
+    np.save(tmp_path / "a.npy", data)
+    bank = gd.Bank.build(tmp_path / "a.npy", tmp_path / "bank")
+    assert np.abs(bank.images(slice(None)).numpy() - data.transpose(0, 3, 1, 2)).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((9, 32, 32, 3), "NHWC"), ((9, 3, 32, 32), "NCHW"), ((9, 28, 28), "NHW"), ((9, 1, 28, 28), "NCHW"),
+        ((9, 28, 28, 1), "NHWC"), ((9, 32, 32, 4), "NHWC"), ((9, 4, 4, 3), "NHWC"), ((9, 3, 8, 5), "NCHW"),
+        ((9, 3, 32, 3), None), ((9, 3, 4, 4), None), ((9, 3, 3, 3), None), ((9, 28, 3), None), ((9, 2, 8, 8), None),
+    ],
+)  # fmt: skip
+def test_layout_from_the_shape(shape, layout):
+    if layout is None:
+        with pytest.raises(gd.GolddiffError, match="--layout"):
+            guess_layout(shape)
+    else:
+        assert guess_layout(shape) == layout
+
+
+def test_layout_can_be_said():
+    data = np.zeros((9, 3, 32, 3), dtype=np.uint8)
+    assert from_array(data, layout="NCHW").shape == (3, 32, 3)
+    assert from_array(data, layout="NHWC").shape == (3, 3, 32)
+
+
+def test_size_cuts_the_square_and_resizes(tmp_path):
+    wide = np.zeros((20, 40, 3), dtype=np.uint8)
+    wide[:, 10:30] = 200
+    (tmp_path / "a.png").write_bytes(png(wide))
+    (tmp_path / "b.png").write_bytes(png(COLOUR[0]))
+    images = gd.open_source(tmp_path, size=10)
+    assert images.shape == (3, 10, 10)
+    assert (all_of(images)[0] == 200).all()
+
+
+def test_pictures_that_are_upright_only_by_exif(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "a.png").write_bytes(png(COLOUR[0], exif=exif))
+    images = gd.open_source(tmp_path)
+    assert images.shape == (3, 7, 5)
+    assert np.array_equal(all_of(images)[0], np.rot90(COLOUR[0], -1).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "shape"),
+    [("mnist", 60000, (1, 28, 28)), ("fashion_mnist", 60000, (1, 28, 28)), ("cifar10", 50000, (3, 32, 32))],
+)
+def test_real_data(name, count, shape):
+    outside("GOLDDIFF_DATA")
+    images = gd.open_source(name)
+    assert (len(images), images.shape) == (count, shape)
+    assert sorted(set(images.labels.tolist())) == list(range(10))
+    assert len(gd.open_source(name, split="test")) == 10000
+
+
+def test_built_in_digits_are_those_of_their_packages():
+    from sklearn.datasets import load_digits
+
+    images = gd.open_source("digits")
+    assert np.abs(all_of(images).reshape(-1, 64) / 255 * 16 - load_digits().data).max() < 0.04
+    assert images.labels.tolist() == load_digits().target.tolist()
+    assert gd.open_source("mnist5k").shape == (1, 28, 28)
+
+
+def broken(tmp_path, kind):
+    """A source that must be refused."""
+    if kind == "missing":
+        return tmp_path / "nothing"
+    if kind == "empty folder":
+        return tmp_path
+    if kind == "unknown name":
+        return "digitz"
+    (tmp_path / "a.png").write_bytes(png(COLOUR[0]))
+    if kind == "truncated picture":
+        (tmp_path / "b.png").write_bytes(png(COLOUR[1])[:-60])
+    elif kind == "not a picture":
+        (tmp_path / "b.png").write_bytes(b"hello")
+    elif kind == "sizes differ":
+        (tmp_path / "b.png").write_bytes(png(COLOUR[0][:4]))
+    elif kind == "16 bits":
+        (tmp_path / "b.png").write_bytes(png(GREY[0].astype(np.uint16)))
+    elif kind == "animated":
+        frames = [Image.fromarray(COLOUR[i]) for i in (0, 1)]
+        frames[0].save(tmp_path / "b.gif", save_all=True, append_images=frames[1:])
+    elif kind == "transparent":
+        (tmp_path / "b.png").write_bytes(png(np.concatenate([COLOUR[0], COLOUR[1][..., :1]], axis=2)))
+    elif kind == "beside class folders":
+        (tmp_path / "cat").mkdir()
+        (tmp_path / "cat" / "b.png").write_bytes(png(COLOUR[0]))
+    else:
+        return broken_file(tmp_path, kind)
+    return tmp_path
+
+
+def broken_file(tmp_path, kind):
+    if kind == "lying idx":
+        path = tmp_path / "train-images-idx3-ubyte"
+        write_idx(path, GREY)
+        data = bytearray(path.read_bytes())
+        data[4:8] = struct.pack(">I", 2**31)
+        path.write_bytes(data)
+    elif kind == "cut gzip":
+        path = tmp_path / "train-images-idx3-ubyte.gz"
+        write_idx(path, GREY)
+        path.write_bytes(path.read_bytes()[:-20])
+    elif kind == "pickle in npy":
+        path = tmp_path / "a.npy"
+        np.save(path, np.array([{}, {}], dtype=object), allow_pickle=True)
+    elif kind == "cut npz":
+        path = tmp_path / "a.npz"
+        np.savez(path, arr_0=COLOUR)
+        path.write_bytes(path.read_bytes()[:200])
+    elif kind == "no pictures in npz":
+        path = tmp_path / "a.npz"
+        np.savez(path, weights=COLOUR)
+    elif kind == "labels too few":
+        path = tmp_path / "a.npz"
+        np.savez(path, arr_0=COLOUR, arr_1=LABELS[:3])
+    elif kind == "nan":
+        path = tmp_path / "a.npy"
+        np.save(path, np.where(COLOUR[3, 0, 0, 0] == COLOUR, np.nan, 0.5).astype(np.float32))
+    elif kind == "int64":
+        path = tmp_path / "a.npy"
+        np.save(path, COLOUR.astype(np.int64))
+    elif kind == "floats to 255":
+        path = tmp_path / "a.npy"
+        np.save(path, COLOUR.astype(np.float32))
+    elif kind == "not parquet":
+        path = tmp_path / "a.parquet"
+        path.write_bytes(b"PAR1 no")
+    elif kind == "parquet without pictures":
+        path = tmp_path / "a.parquet"
+        pq.write_table(pa.table({"n": [1, 2]}), path)
+    elif kind == "other file":
+        path = tmp_path / "a.txt"
+        path.write_text("x")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "nothing at .*check the path"), ("empty folder", "holds no pictures"),
+        ("unknown name", "did you mean 'digits'"), ("truncated picture", "b.png cannot be read"),
+        ("not a picture", "b.png cannot be read"), ("sizes differ", "a.png is 7x5, .*b.png is 7x4; give --size"),
+        ("16 bits", "b.png has pixels of mode I;16"), ("animated", "b.gif is animated"),
+        ("transparent", "b.png is partly transparent"), ("beside class folders", "beside class folders"),
+        ("lying idx", "announces 2147483648 x 5 x 7 bytes and holds 210"), ("cut gzip", "cannot be read"),
+        ("pickle in npy", "not a readable NumPy file"), ("cut npz", "not a readable NumPy file"),
+        ("no pictures in npz", "has the arrays weights"), ("labels too few", "labels of shape"),
+        ("nan", "row 3 has NaN"), ("int64", "convert them to uint8"), ("floats to 255", "astype"),
+        ("not parquet", "not a readable parquet file"), ("parquet without pictures", "0 columns of picture bytes"),
+        ("other file", "not a kind of file"),
+    ],
+)  # fmt: skip
+def test_broken_sources_are_refused_with_the_fix(tmp_path, kind, message):
+    source = tmp_path / "source"
+    source.mkdir()
+    with pytest.raises(gd.GolddiffError, match=message) as caught:
+        gd.Bank.build(broken(source, kind), tmp_path / "bank")
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_known_names_without_their_files_say_how(monkeypatch):
+    monkeypatch.delenv("GOLDDIFF_DATA", raising=False)
+    with pytest.raises(gd.GolddiffError, match="set GOLDDIFF_DATA"):
+        gd.open_source("mnist")
