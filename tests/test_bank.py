@@ -108,7 +108,7 @@ def test_a_bank_is_not_overwritten_without_force(tmp_path):
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("golddiff.bank.Pooling.__call__", lambda *_: 1 / 0)
+    monkeypatch.setattr("golddiff.prepare.Pooling.__call__", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         gd.Bank.build("digits", tmp_path / "bank")
     assert list(tmp_path.iterdir()) == []

@@ -285,5 +285,6 @@ def test_broken_sources_are_refused_with_the_fix(tmp_path, kind, message):
 
 def test_known_names_without_their_files_say_how(monkeypatch):
     monkeypatch.delenv("GOLDDIFF_DATA", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(gd.GolddiffError, match="set GOLDDIFF_DATA"):
         gd.open_source("mnist")

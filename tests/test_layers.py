@@ -8,8 +8,8 @@ from pathlib import Path
 import golddiff
 
 ORDER = [
-    "errors", "images", "noise", "proxy", "spectrum", "bank", "locality", "golden", "posterior", "denoise",
-    "sample", "pictures", "runs", "cli",
+    "errors", "files", "images", "noise", "proxy", "spectrum", "prepare", "bank", "locality", "golden",
+    "posterior", "denoise", "sample", "pictures", "recipe", "runs", "doctor", "cli",
 ]  # fmt: skip
 FOLDER = Path(golddiff.__file__).parent
 

@@ -5,30 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from .errors import GolddiffError
-from .images import NO_LABEL, Images, find_source, from_array, open_source
+from .files import fresh_folder, hash_file, replacing
+from .images import NO_LABEL, open_source
 from .noise import Noise
+from .prepare import BLOCK, FORMAT, cached_path, described, fill, fingerprint, source_name
 from .proxy import Pooling
 from .spectrum import Spectrum, compute_spectrum
 
-__all__ = ["Bank", "cache_folder"]
+__all__ = ["Bank"]
 
-FORMAT = 1
-BLOCK = 1024
 META = "bank.json"
+DERIVED = "derived"
 ARRAYS = ("pixels", "labels", "ids", "keys", "centre", "norms", "proxy")
 SPECTRUM_AT_BUILD = 4096  # larger D: the spectrum is computed when it is first needed
 
@@ -102,64 +101,61 @@ class Bank:
         size: int | None = None,
         limit: int | None = None,
         layout: str | None = None,
+        flip: bool = False,
+        skip_broken: bool = False,
         force: bool = False,
         progress: bool = False,
     ) -> Bank:
         """Builds a bank, or opens it if the cache already holds it.
 
         Arguments:
-            source: a path or a known name (`digits`, `mnist5k`, `mnist`, ...), an array or tensor of
-                pictures (uint8, or floats in [-1, 1]), or the folder of a built bank, which is opened.
-            out: folder of the bank. By default it goes to the cache (`$GOLDDIFF_CACHE`); a bank of an array
-                without `out` lives in memory.
-            labels: `(N,)` integers, for a source that is an array.
-            split: the part of a data set that has parts.
-            size: cut and resize pictures to `size x size`.
-            limit: take the first `limit` pictures only.
-            layout: order of the axes of an array (`NHWC`, `NCHW`, `NHW`), where its shape does not tell.
+            source: a path or a known name (`digits`, `mnist5k`, `mnist`, ...), an array or tensor of pictures
+                (uint8, or floats in [-1, 1]), a map-style data set, or the folder of a built bank, which is opened.
+            out: folder of the bank. By default it goes to the cache (`$GOLDDIFF_CACHE`); a bank of an array or
+                data set without `out` lives in memory.
+            labels, split, size, limit, layout, flip, skip_broken: see `golddiff.open_source`.
             force: replace `out` if it exists.
             progress: show progress bars.
 
         Raises:
             GolddiffError: a source that cannot be read, or an `out` that exists.
         """
-        in_memory = not isinstance(source, str | Path)
-        options = {"split": split, "size": size, "limit": limit, "layout": layout}
-        if in_memory:
-            images = from_array(source, labels, layout).first(limit)
-            described = {"name": "array", **options}
-            if out is None:
-                arrays: dict[str, np.ndarray] = {}
-
-                def in_ram(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-                    return arrays.setdefault(name, np.empty(shape, dtype))
-
-                meta = _fill(images, described, in_ram, progress)
-                return cls(arrays, meta)
-        else:
-            if labels is not None:
-                raise GolddiffError("labels= goes with an array of pictures; a path brings its own labels")
-            if out is None and (Path(source) / META).is_file():
+        options: dict[str, Any] = {
+            "split": split,
+            "size": size,
+            "limit": limit,
+            "layout": layout,
+            "flip": flip,
+            "skip_broken": skip_broken,
+        }
+        from_path = isinstance(source, str | Path)
+        if from_path and out is None:
+            if (Path(source) / META).is_file():
                 return cls._open_as_is(Path(source), options)
-            if out is None:
-                out = _cached_path(source, options)
-                if (out / META).exists() and not force:
-                    return cls.open(out)
-                force = True
-            found = find_source(source)
-            name = str(source) if isinstance(found, str) or found.name == str(source) else str(found.resolve())
-            described = {"name": name, **options}
-        out = Path(out)
-        if out.exists() and not force:
+            out = cached_path(source, options)
+            if (out / META).exists() and not force:
+                return cls.open(out)
+            force = True
+        out = None if out is None else Path(out)
+        if out is not None and out.exists() and not force:
             raise GolddiffError(f"{out} exists: choose another folder, or give --force to replace it")
-        if not in_memory:
-            images = open_source(source, split=split, size=size, layout=layout).first(limit)
-        with _fresh_folder(out) as folder:
+        images = open_source(source, labels=labels, **options)
+        stated = {"name": source_name(source) if from_path else "array", **options}
+        if out is None:
+            arrays: dict[str, np.ndarray] = {}
+
+            def in_memory(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+                return arrays.setdefault(name, np.empty(shape, dtype))
+
+            return cls(arrays, fill(images, stated, in_memory, progress))
+        with fresh_folder(out) as folder:
 
             def on_disk(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
                 return np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
 
-            meta = _fill(images, described, on_disk, progress)
+            meta = fill(images, stated, on_disk, progress)
+            meta["hashes"] = {name: hash_file(folder / f"{name}.npy") for name in ARRAYS}
+            meta["checksum"] = _checksum(meta)
             (folder / META).write_text(json.dumps(meta, indent=1))
             bank = cls.open(folder)
             if bank.D <= SPECTRUM_AT_BUILD:
@@ -188,17 +184,44 @@ class Bank:
                 arrays[name] = np.load(path / f"{name}.npy", mmap_mode="c", allow_pickle=False)
             except (OSError, ValueError, EOFError) as error:
                 raise GolddiffError(f"{path}/{name}.npy cannot be opened ({error}): build it again") from error
-            found, stated = _described(arrays[name]), meta["arrays"].get(name)
+            found, stated = described(arrays[name]), meta["arrays"].get(name)
             if found != stated:
                 raise GolddiffError(f"{path}/{name}.npy is {found}, not {stated}: build the bank again")
         return cls(arrays, meta, path)
 
     @classmethod
     def _open_as_is(cls, path: Path, options: dict[str, Any]) -> Bank:
-        changed = [f"--{name}" for name in ("size", "limit", "layout") if options[name] is not None]
-        if changed:
-            raise GolddiffError(f"{path} is a built bank: give {', '.join(changed)} when building it from its source")
+        """A built bank; options that say how to build one are refused."""
+        given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value and name != "split"]
+        if given:
+            raise GolddiffError(f"{path} is a built bank: give {', '.join(given)} when building it from its source")
         return cls.open(path)
+
+    def verify(self) -> list[str]:
+        """Checks every byte of the bank's files against the hashes of the build; `[]` if all is well.
+
+        Raises:
+            GolddiffError: the bank lives in memory.
+        """
+        if self.path is None:
+            raise GolddiffError("this bank lives in memory: it has no files to verify")
+        wrong = [] if self.meta.get("checksum") == _checksum(self.meta) else [f"{META}: its content was changed"]
+        for name in ARRAYS:
+            if hash_file(self.path / f"{name}.npy") != self.meta.get("hashes", {}).get(name):
+                wrong.append(f"{name}.npy: its bytes are not those of the build")
+        if not wrong and self.fingerprint != fingerprint(self.pixels, self.labels):
+            wrong.append("the fingerprint is not that of the pixels and labels")
+        for file in sorted((self.path / DERIVED).glob("*.safetensors")):
+            try:
+                with safe_open(file, "pt") as opened:
+                    stated = (opened.metadata() or {}).get("hash")
+                    tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError) as error:
+                wrong.append(f"{DERIVED}/{file.name}: {error}; remove it, it will be made again")
+            else:
+                if stated != _hash_tensors(tensors):
+                    wrong.append(f"{DERIVED}/{file.name}: its bytes were changed; remove it, it will be made again")
+        return wrong
 
     def to(self, device: str | torch.device) -> Bank:
         """The same bank with its arrays on `device`."""
@@ -289,137 +312,35 @@ class Bank:
         """
         if name in self._kept:
             return self._kept[name]
-        file = self.path / "derived" / f"{name}.safetensors" if self.path else None
+        file = self.path / DERIVED / f"{name}.safetensors" if self.path else None
         if file and file.exists():
             try:
                 tensors = load_file(file)
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise GolddiffError(f"{file} is damaged ({error}): remove it, it will be made again") from error
         else:
-            tensors = compute()
+            tensors = {k: t.contiguous() for k, t in compute().items()}
             if file and os.access(file.parent.parent, os.W_OK):
                 file.parent.mkdir(exist_ok=True)
-                part = file.with_name(f".{os.getpid()}-{file.name}")
-                save_file({k: t.contiguous() for k, t in tensors.items()}, part)
-                part.replace(file)
+                with replacing(file) as part:
+                    save_file(tensors, part, metadata={"hash": _hash_tensors(tensors)})
         if remember:
             self._kept[name] = tensors
         return tensors
 
 
-def cache_folder() -> Path:
-    """`$GOLDDIFF_CACHE`, by default `golddiff` in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "golddiff"
-    return Path(os.environ.get("GOLDDIFF_CACHE") or default)
+def _checksum(meta: dict[str, Any]) -> str:
+    """Hash of the metadata without the checksum itself."""
+    plain = json.dumps({k: v for k, v in meta.items() if k != "checksum"}, sort_keys=True)
+    return hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
 
 
-def _cached_path(source: str | Path, options: dict[str, Any]) -> Path:
-    """Where the cache keeps the bank of a source: named by its files (size and time) and the options."""
-    found = find_source(source)
-    signature: list[Any] = [FORMAT, str(found) if isinstance(found, str) else str(found.resolve()), options]
-    if isinstance(found, Path):
-        files = [found] if found.is_file() else sorted(p for p in found.rglob("*") if p.is_file())
-        signature += [(str(p.relative_to(found)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    digest = hashlib.blake2b(json.dumps(signature).encode(), digest_size=6).hexdigest()
-    return cache_folder() / "banks" / f"{Path(str(found)).stem}-{digest}"
-
-
-class _fresh_folder:
-    """A folder that appears under its name only when it is complete; an older one stays until then."""
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
-
-    def __enter__(self) -> Path:
-        try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.folder = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-", dir=self.out.parent))
-        except OSError as error:
-            raise GolddiffError(f"{self.out.parent} cannot be written to ({error}): choose another") from error
-        self.folder.chmod(0o755)
-        return self.folder
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            if self.out.exists():
-                old = self.folder.with_name(self.folder.name + "-old")
-                self.out.rename(old)
-                self.folder.rename(self.out)
-                shutil.rmtree(old)
-            else:
-                self.folder.rename(self.out)
-        else:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _fill(images: Images, source: dict[str, Any], create: Callable[..., np.ndarray], progress: bool) -> dict[str, Any]:
-    """Writes every array of a bank through `create(name, shape, dtype)`; returns the metadata."""
-    count, size = len(images), int(np.prod(images.shape))
-    pixels = create("pixels", (count, *images.shape), images.dtype)
-    labels = create("labels", (count,), np.int64)
-    labels[:] = images.labels
-    names = np.array([name.encode() for name in images.ids])
-    ids = create("ids", names.shape, names.dtype)
-    ids[:] = names
-    digests = np.empty((count, 2), dtype=np.int64)
-    total = np.zeros(size)
-    with tqdm(total=count, desc="images", unit="", disable=None if progress else True) as bar:
-        for start, block in images.blocks(BLOCK):
-            stop = start + len(block)
-            pixels[start:stop] = block
-            total += block.reshape(len(block), -1).sum(0, dtype=np.float64)
-            digests[start:stop] = _digests(block, images.labels[start:stop])
-            bar.update(len(block))
-    keys = create("keys", (count,), np.int64)
-    keys[:] = _distinct(digests[:, 0])
-    centre = create("centre", (size,), np.float32)
-    mean = total / count
-    centre[:] = np.round(mean) if images.dtype == np.uint8 else mean
-    pooling = Pooling(images.shape)
-    norms = create("norms", (count,), np.float64)
-    proxy = create("proxy", (count, pooling.size), np.float32)
-    for start in tqdm(range(0, count, BLOCK), desc="proxies", disable=None if progress else True):
-        part = slice(start, min(start + BLOCK, count))
-        v = torch.from_numpy(pixels[part].reshape(-1, size) - centre.astype(np.float64))
-        norms[part] = v.square().sum(1)
-        proxy[part] = pooling(v)
-    head = json.dumps([FORMAT, list(images.shape), images.dtype.str]).encode()
-    arrays = {"pixels": pixels, "labels": labels, "ids": ids, "keys": keys}
-    arrays |= {"centre": centre, "norms": norms, "proxy": proxy}
-    return {
-        "format": FORMAT,
-        "count": count,
-        "shape": list(images.shape),
-        "classes": list(images.classes),
-        "fingerprint": hashlib.blake2b(head + digests.tobytes(), digest_size=16).hexdigest(),
-        "source": source,
-        "arrays": {name: _described(array) for name, array in arrays.items()},
-    }
-
-
-def _described(array: np.ndarray) -> str:
-    return f"{array.dtype.str} {'x'.join(map(str, array.shape))}"
-
-
-def _digests(block: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """128-bit hashes of pixels and label of each row, `(n, 2)` int64."""
-    rows = np.ascontiguousarray(block).reshape(len(block), -1).view(np.uint8)
-    hashed = [
-        hashlib.blake2b(row.data, digest_size=16, salt=int(label).to_bytes(8, "little", signed=True)).digest()
-        for row, label in zip(rows, labels, strict=True)
-    ]
-    return np.frombuffer(b"".join(hashed), dtype=np.int64).reshape(-1, 2)
-
-
-def _distinct(keys: np.ndarray) -> np.ndarray:
-    """Keys with the second, third, ... of equal ones changed, so that copies of an image differ too."""
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    first = np.concatenate([[True], ordered[1:] != ordered[:-1]])
-    starts = np.maximum.accumulate(np.where(first, np.arange(len(keys)), 0))
-    copies = np.empty_like(keys)
-    copies[order] = np.arange(len(keys)) - starts
-    return keys + copies * np.int64(0x9E3779B97F4A7C1 | 1)
+def _hash_tensors(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _tensor(array: Any) -> Tensor:

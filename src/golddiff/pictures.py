@@ -1,22 +1,24 @@
-"""Pictures for people: 8-bit export and grids."""
+"""Pictures for people: 8-bit export, labelled grids, trajectories, nearest training images."""
 
 from __future__ import annotations
 
 import math
-import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .errors import GolddiffError
+from .files import replacing
 
 __all__ = ["grid", "save_png", "to_uint8"]
 
 TILE = 96  # small pictures are enlarged to about this side
-PAPER = 255
+PAPER, INK = 255, 60
+TEXT = 15  # height of letters in pixels
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -25,32 +27,53 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-def grid(pictures: np.ndarray, columns: int | None = None, gap: int = 4) -> Image.Image:
+def grid(
+    pictures: np.ndarray,
+    columns: int | None = None,
+    *,
+    rows: Sequence[str] = (),
+    heads: Sequence[str] = (),
+    captions: Sequence[str] = (),
+    gap: int = 4,
+) -> Image.Image:
     """Pictures side by side on white; small ones are enlarged by a whole factor, without smoothing.
 
     Arguments:
         pictures: `(N, H, W, C)` uint8 with 1, 3 or 4 channels.
         columns: how many in a row; as square as possible if None.
+        rows: labels to the left of the rows. heads: labels above the columns. captions: one below each picture.
         gap: pixels between pictures.
     """
     count, height, width, channels = pictures.shape
     columns = columns or math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
     zoom = math.ceil(TILE / max(height, width))
     big = pictures.repeat(zoom, axis=1).repeat(zoom, axis=2)
-    height, width = height * zoom + gap, width * zoom + gap
-    sheet = np.full((rows * height + gap, columns * width + gap, channels), PAPER, dtype=np.uint8)
+    font = ImageFont.load_default(TEXT)
+    left = gap + (max(math.ceil(font.getlength(text)) for text in rows) + 2 * gap if rows else 0)
+    top = gap + (TEXT + gap if heads else 0)
+    step_x, step_y = width * zoom + gap, height * zoom + gap + (TEXT + gap if captions else 0)
+    size = (left + columns * step_x, top + math.ceil(count / columns) * step_y)
+    sheet = Image.new("L" if channels == 1 and not (rows or heads or captions) else "RGB", size, "white")
+    if channels == 4:
+        sheet = sheet.convert("RGBA")
+    draw = ImageDraw.Draw(sheet)
+    ink = (INK,) * 3
     for i, picture in enumerate(big):
-        top, left = gap + i // columns * height, gap + i % columns * width
-        sheet[top : top + height - gap, left : left + width - gap] = picture
-    return _image(sheet)
+        x, y = left + i % columns * step_x, top + i // columns * step_y
+        sheet.paste(_image(picture).convert(sheet.mode), (x, y))
+        if captions:
+            draw.text((x + width * zoom // 2, y + height * zoom + gap // 2), captions[i], ink, font, anchor="mt")
+    for i, text in enumerate(rows):
+        draw.text((left - 2 * gap, top + i * step_y + height * zoom // 2), text, ink, font, anchor="rm")
+    for i, text in enumerate(heads):
+        draw.text((left + i * step_x + width * zoom // 2, gap), text, ink, font, anchor="mt")
+    return sheet
 
 
 def save_png(image: Image.Image | np.ndarray, path: Path) -> None:
     """Writes a PNG; it appears under its name only when it is complete. Arrays are `(H, W, C)` uint8."""
-    part = path.with_name(f".{os.getpid()}-{path.name}")
-    (image if isinstance(image, Image.Image) else _image(image)).save(part, format="PNG")
-    part.replace(path)
+    with replacing(path) as part:
+        (image if isinstance(image, Image.Image) else _image(image)).save(part, format="PNG")
 
 
 def _image(array: np.ndarray) -> Image.Image:

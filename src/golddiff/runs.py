@@ -8,8 +8,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +20,17 @@ from tqdm import tqdm
 from .bank import Bank
 from .denoise import Denoiser
 from .errors import GolddiffError
-from .noise import schedule_named
+from .files import replacing
+from .golden import nearest_rows
+from .noise import Noise, schedule_named
 from .pictures import grid, save_png, to_uint8
-from .sample import sampler_named, trajectory
+from .recipe import Recipe
+from .sample import Step, sampler_named, trajectory
 
-__all__ = ["Recipe", "run"]
+__all__ = ["peak_memory", "run"]
 
-RECIPE_FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides what a run's images are.
-
-    Arguments:
-        bank: `source` (as built) and `fingerprint`.
-        method: name of the denoiser. options: all of its options, resolved.
-        steps, schedule, sampler: of sampling.
-        labels: the label of seed s is `labels[s % len(labels)]`; empty for none.
-        seeds: of the run.
-        format: version of this file.
-    """
-
-    bank: dict[str, Any]
-    method: str
-    options: dict[str, Any]
-    steps: int
-    schedule: str
-    sampler: str
-    labels: list[int]
-    seeds: list[int]
-    format: int = RECIPE_FORMAT
-
-    def label_of(self, seed: int) -> int:
-        """The label of a seed, -1 for none."""
-        return self.labels[seed % len(self.labels)] if self.labels else -1
-
-    def same_images(self, other: dict[str, Any]) -> bool:
-        """Whether another recipe (as read from its file) gives a seed the same image."""
-        return _plain({**asdict(self), "seeds": None}) == {**other, "seeds": None}
+RECIPE, METRICS = "recipe.json", "metrics.json"
+SHOWN = 8  # trajectories and neighbours are shown for so many images
 
 
 def run(
@@ -69,111 +40,214 @@ def run(
     *,
     batch: int = 16,
     save_steps: bool = False,
+    nearest: int = 0,
     force: bool = False,
 ) -> Path:
     """Samples the seeds of a recipe into a folder; seeds that are finished there are kept.
 
-    The folder gets `seed000003.png` for each seed, `grid.png`, `samples.npz` (`arr_0`, uint8 NHWC, in the order
-    of the seeds), `recipe.json` and `metrics.json`; with `save_steps` also `steps.npz` (`x_t` and `mean`,
-    float32 `(steps, N, C, H, W)`).
+    The folder gets `seed000003.png` for each seed, `grid.png`, `samples.npz` (`arr_0`, uint8 NHWC, in the order of
+    the seeds), `recipe.json` and `metrics.json`. A run that is stopped keeps what is finished, and goes on from there
+    when it is called again.
+
+    Arguments:
+        denoiser, recipe: from `Recipe.resolve`.
+        out: the folder.
+        batch: images that go together. Batches are always cut from the list of seeds in the same way, so a run that
+            was interrupted gives the same files.
+        save_steps: also keep `seed000003-steps.npz` (`x_t` and `mean`, float32 `(steps, C, H, W)`) and show the first
+            ones in `trajectories.png`.
+        nearest: show the first images beside their so many nearest training images, in `nearest.png`.
+        force: start again in a folder that holds something else.
 
     Raises:
         GolddiffError: `out` holds something else, and `force` is not given.
     """
-    _claim(out, recipe, force)
-    todo = [s for s in recipe.seeds if save_steps or not _picture(out, s).exists()]
+    if batch < 1:
+        raise GolddiffError(f"batch is {batch}: give at least 1")
+    if not 0 <= nearest <= len(denoiser.bank):
+        raise GolddiffError(f"nearest is {nearest}: give a number from 0 to {len(denoiser.bank)}, the rows of the bank")
+    folder = _RunFolder(out, save_steps)
+    whole = folder.claim(recipe, force)
     meter = _Meter(denoiser.bank, recipe.steps)
-    saved: list[tuple[np.ndarray, np.ndarray]] = []
-    with tqdm(total=len(todo) * recipe.steps, desc=recipe.method, unit="step", disable=None) as bar:
-        for start in range(0, len(todo), batch):
-            seeds = todo[start : start + batch]
-            steps = trajectory(
-                denoiser,
-                seeds,
-                steps=recipe.steps,
-                schedule=schedule_named(recipe.schedule),
-                sampler=sampler_named(recipe.sampler),
-                labels=[recipe.label_of(s) for s in seeds],
-            )
-            kept = []
-            meter.start()
-            for step in steps:
-                meter.record(step.index, step.posterior.ess, len(seeds))
-                bar.update(len(seeds))
-                if save_steps:
-                    kept.append((step.x_t.cpu().numpy(), step.posterior.mean.cpu().numpy()))
-            for seed, picture in zip(seeds, to_uint8(step.posterior.mean), strict=True):
-                save_png(picture, _picture(out, seed))
-            if save_steps:
-                saved.append((np.stack([k[0] for k in kept]), np.stack([k[1] for k in kept])))
-    pictures = np.stack([_read(_picture(out, s)) for s in recipe.seeds])
-    _save_npz(out / "samples.npz", arr_0=pictures)
-    if saved:
-        x_t, mean = (np.concatenate([pair[i] for pair in saved], axis=1) for i in (0, 1))
-        _save_npz(out / "steps.npz", x_t=x_t, mean=mean)
-    save_png(grid(pictures), out / "grid.png")
-    if todo:
-        _save_json(out / "metrics.json", meter.summary(denoiser, batch, len(todo)))
+    batches = [recipe.seeds[i : i + batch] for i in range(0, len(recipe.seeds), batch)]
+    todo = [seeds for seeds in batches if not all(map(folder.finished, seeds))]
+    try:
+        with tqdm(total=sum(map(len, todo)) * recipe.steps, desc=recipe.method, unit="step", disable=None) as bar:
+            for seeds in todo:
+                steps: list[Step] = []
+                for step in meter.timed(_trajectory(denoiser, recipe, seeds)):
+                    steps = [*steps, step] if save_steps else [step]
+                    bar.update(len(seeds))
+                folder.add(seeds, steps)
+    finally:
+        folder.summarise(whole)
+        if meter.images:
+            folder.save_json(METRICS, meter.summary(batch))
+    if nearest:
+        save_png(_neighbours(denoiser.bank, folder, recipe.seeds[:SHOWN], nearest), out / "nearest.png")
     return out
 
 
-def resolved(denoiser: Denoiser) -> dict[str, Any]:
-    """The options of a denoiser as a recipe stores them."""
-    if denoiser.options.get("mask") is not None:
-        raise GolddiffError("a mask given as an array cannot be stored in a recipe: use it from Python")
-    return denoiser.options
+def _trajectory(denoiser: Denoiser, recipe: Recipe, seeds: list[int]) -> Any:
+    return trajectory(
+        denoiser,
+        seeds,
+        steps=recipe.steps,
+        schedule=schedule_named(recipe.schedule),
+        sampler=sampler_named(recipe.sampler),
+        labels=[recipe.label_of(seed) for seed in seeds],
+    )
 
 
-def _claim(out: Path, recipe: Recipe, force: bool) -> None:
-    """Makes the folder and writes the recipe; refuses a folder of something else."""
-    file = out / "recipe.json"
-    if out.exists() and not force:
-        if not out.is_dir() or (any(out.iterdir()) and not file.exists()):
-            raise GolddiffError(f"{out} exists and is no run folder: choose another --out, or give --force")
-        if file.exists():
-            try:
-                other = json.loads(file.read_text())
-            except ValueError as error:
-                raise GolddiffError(f"{file} is damaged ({error}): give --force to start again") from error
-            if not isinstance(other, dict) or not recipe.same_images(other):
-                raise GolddiffError(f"{out} holds a run of another recipe: choose another --out, or give --force")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if force:
-            for old in (*out.glob("seed*.png"), out / "steps.npz", out / "metrics.json"):
-                old.unlink(missing_ok=True)
-        _save_json(file, _plain(asdict(recipe)))
-    except OSError as error:
-        raise GolddiffError(f"{out} cannot be written to ({error}): choose another --out") from error
+class _RunFolder:
+    """The files of a run. A seed is finished when its picture is there; it is written last."""
+
+    def __init__(self, path: Path, save_steps: bool) -> None:
+        self.path, self.save_steps = path, save_steps
+
+    def picture(self, seed: int) -> Path:
+        return self.path / f"seed{seed:06d}.png"
+
+    def steps(self, seed: int) -> Path:
+        return self.path / f"seed{seed:06d}-steps.npz"
+
+    def finished(self, seed: int) -> bool:
+        return self.picture(seed).exists() and (not self.save_steps or self.steps(seed).exists())
+
+    def claim(self, recipe: Recipe, force: bool) -> Recipe:
+        """Makes the folder and writes the recipe (with the seeds that are there already); refuses another's folder."""
+        file = self.path / RECIPE
+        if self.path.exists() and not force:
+            if not self.path.is_dir() or (any(self.path.iterdir()) and not file.exists()):
+                raise GolddiffError(f"{self.path} exists and is no run folder: choose another --out, or give --force")
+            if file.exists():
+                recipe = self._continued(recipe, file)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if force:
+                for old in self.path.glob("seed*"):
+                    old.unlink()
+                for name in (METRICS, "grid.png", "samples.npz", "trajectories.png", "nearest.png"):
+                    (self.path / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise GolddiffError(f"{self.path} cannot be written to ({error.strerror}): choose another --out") from error
+        recipe.save(file)
+        return recipe
+
+    def _continued(self, recipe: Recipe, file: Path) -> Recipe:
+        """The recipe with the seeds of both runs, if they make the same images."""
+        try:
+            before = json.loads(file.read_text())
+            earlier = [int(seed) for seed in before["seeds"]]
+            same = recipe.same_images(before)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise GolddiffError(f"{file} is damaged ({error}): give --force to start again") from error
+        if not same:
+            raise GolddiffError(f"{self.path} holds a run of another recipe: choose another --out, or give --force")
+        wanted = set(recipe.seeds)
+        return replace(recipe, seeds=[*recipe.seeds, *(s for s in earlier if s not in wanted)])
+
+    def add(self, seeds: list[int], steps: list[Step]) -> None:
+        """Writes the images of a batch that are not there yet."""
+        for i, (seed, picture) in enumerate(zip(seeds, to_uint8(steps[-1].posterior.mean), strict=True)):
+            if self.finished(seed):
+                continue
+            if self.save_steps:
+                x_t, mean = ([t[i].float().cpu().numpy() for t in ts] for ts in zip(*map(_pair, steps), strict=True))
+                scale = [float(torch.hypot(step.noise.alpha, step.noise.sigma)) for step in steps]
+                times = [step.time for step in steps]
+                self.save_npz(self.steps(seed), x_t=np.stack(x_t), mean=np.stack(mean), scale=scale, time=times)
+            save_png(picture, self.picture(seed))
+
+    def summarise(self, recipe: Recipe) -> None:
+        """`samples.npz`, `grid.png` and `trajectories.png` of the seeds that are finished."""
+        done = [seed for seed in recipe.seeds if self.finished(seed)]
+        if not done:
+            return
+        pictures = self.read(done)
+        self.save_npz(self.path / "samples.npz", arr_0=pictures)
+        save_png(grid(pictures), self.path / "grid.png")
+        if self.save_steps:
+            save_png(self._strips(done[:SHOWN]), self.path / "trajectories.png")
+
+    def read(self, seeds: list[int]) -> np.ndarray:
+        """The pictures of seeds, `(N, H, W, C)` uint8."""
+        arrays = []
+        for seed in seeds:
+            with Image.open(self.picture(seed)) as image:
+                array = np.asarray(image)
+            arrays.append(array[:, :, None] if array.ndim == 2 else array)
+        return np.stack(arrays)
+
+    def _strips(self, seeds: list[int]) -> Image.Image:
+        """`x_t` (scaled to unit variance) above the mean, step by step, for each seed."""
+        pictures, labels, heads = [], [], []
+        for seed in seeds:
+            with np.load(self.steps(seed)) as kept:
+                scaled = kept["x_t"] / kept["scale"][:, None, None, None]
+                pictures += [to_uint8(torch.from_numpy(scaled)), to_uint8(torch.from_numpy(kept["mean"]))]
+                heads = [f"{time:.4g}" for time in kept["time"]]
+            labels += [f"seed {seed}: x_t", "mean"]
+        return grid(np.concatenate(pictures), len(heads), rows=labels, heads=heads)
+
+    def save_npz(self, path: Path, **arrays: Any) -> None:
+        with replacing(path) as part, part.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    def save_json(self, name: str, content: dict[str, Any]) -> None:
+        with replacing(self.path / name) as part:
+            part.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _pair(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+    return step.x_t, step.posterior.mean
+
+
+def _neighbours(bank: Bank, folder: _RunFolder, seeds: list[int], count: int) -> Image.Image:
+    """Each image beside its nearest rows, with the root mean square difference of a pixel (range 0 to 2)."""
+    pictures, captions = [], []
+    for picture in folder.read(seeds):
+        x = torch.from_numpy(picture).permute(2, 0, 1)[None].double() / 127.5 - 1
+        q, s = bank.query(x.to(bank.device), Noise(1.0, 1.0))
+        rows = nearest_rows(bank, q[0], s[0], torch.arange(len(bank), device=bank.device), count)
+        distances = (bank.distances(q[0], s[0], rows) / bank.D).sqrt()
+        order = distances.argsort()
+        pictures += [picture[None], to_uint8(bank.images(rows[order]))]
+        captions += ["", *(f"{float(distances[i]):.3f}" for i in order)]
+    heads = ["sample", "nearest", *(f"{i + 2}" for i in range(count - 1))]
+    rows_of_text = [f"seed {seed}" for seed in seeds]
+    return grid(np.concatenate(pictures), count + 1, rows=rows_of_text, heads=heads, captions=captions)
 
 
 class _Meter:
     """Seconds, effective support and bytes of each step of a run."""
 
     def __init__(self, bank: Bank, steps: int) -> None:
-        self.bank = bank
+        self.bank, self.images = bank, 0
         self.seconds, self.ess = np.zeros(steps), np.zeros(steps)
         self.bytes = np.zeros(steps, dtype=np.int64)
-        self.has_ess = True
+        self.has_ess = False
 
-    def start(self) -> None:
-        self._time, self._bytes = time.perf_counter(), self.bank.bytes_read
+    def timed(self, steps: Any) -> Any:
+        """Passes the steps of a batch on, and counts what each one took."""
+        clock, read = time.perf_counter(), self.bank.bytes_read
+        for step in steps:
+            self.seconds[step.index] += time.perf_counter() - clock
+            self.bytes[step.index] += self.bank.bytes_read - read
+            ess = step.posterior.ess
+            if ess is not None:
+                self.has_ess = True
+                self.ess[step.index] += float(ess.flatten(1).mean(1).sum() if ess.ndim > 1 else ess.sum())
+            yield step
+            clock, read = time.perf_counter(), self.bank.bytes_read
+        self.images += len(step.x_t)
 
-    def record(self, index: int, ess: torch.Tensor | None, images: int) -> None:
-        self.seconds[index] += time.perf_counter() - self._time
-        self.bytes[index] += self.bank.bytes_read - self._bytes
-        if ess is None:
-            self.has_ess = False
-        else:
-            self.ess[index] += float(ess.flatten(1).mean(1).sum()) if ess.ndim > 1 else float(ess.sum())
-        self.start()
-
-    def summary(self, denoiser: Denoiser, batch: int, images: int) -> dict[str, Any]:
+    def summary(self, batch: int) -> dict[str, Any]:
         return {
-            "images": images,
+            "images": self.images,
             "batch": batch,
-            "seconds_per_image_and_step": [round(float(s) / images, 6) for s in self.seconds],
-            "effective_support": [round(float(e) / images, 3) for e in self.ess] if self.has_ess else None,
+            "seconds_per_image_and_step": [round(float(s) / self.images, 6) for s in self.seconds],
+            "effective_support": [round(float(e) / self.images, 3) for e in self.ess] if self.has_ess else None,
             "bytes_read": self.bytes.tolist(),
             "peak_memory_bytes": peak_memory(),
             "device": str(self.bank.device),
@@ -187,73 +261,3 @@ def peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _picture(out: Path, seed: int) -> Path:
-    return out / f"seed{seed:06d}.png"
-
-
-def _read(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        array = np.asarray(image)
-    return array[:, :, None] if array.ndim == 2 else array
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
-
-
-def _save_json(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_name(f".{os.getpid()}-{path.name}")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)
-
-
-def _save_npz(path: Path, **arrays: np.ndarray) -> None:
-    part = path.with_name(f".{os.getpid()}-{path.name}")
-    with part.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    part.replace(path)
-
-
-def parse_seeds(text: str) -> list[int]:
-    """`"0-3,8"` -> `[0, 1, 2, 3, 8]`."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
-            raise GolddiffError(f"seeds '{text}': write them as 0-15 or 3,7,20-29")
-        seeds.extend(range(int(first), int(last if dash else first) + 1))
-    if len(set(seeds)) != len(seeds):
-        raise GolddiffError(f"seeds '{text}' name a seed twice: write each once")
-    return seeds
-
-
-def parse_labels(text: str | None, bank: Bank) -> list[int]:
-    """`"3,7"`, or names of classes, -> labels that the bank has."""
-    labels: list[int] = []
-    for part in [] if text is None else [p.strip() for p in text.split(",")]:
-        if part.lstrip("-").isdigit():
-            labels.append(int(part))
-        elif part in bank.classes:
-            labels.append(bank.classes.index(part))
-        else:
-            listed = ", ".join(bank.classes[:12]) or "none, only numbers"
-            raise GolddiffError(f"no class is called '{part}': names here are {listed}")
-    for label in labels:
-        bank.rows_of(label)
-    return labels
-
-
-def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """`["k_max=5000", "mask_rule=published"]` -> a dictionary; values are numbers, true, false, null or text."""
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key:
-            raise GolddiffError(f"'{pair}' is no option: write key=value, as in k_max=5000")
-        try:
-            options[key] = json.loads(text)
-        except ValueError:
-            options[key] = text
-    return options

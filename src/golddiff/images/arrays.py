@@ -1,4 +1,4 @@
-"""Pictures in arrays: `.npy`, `.npz`, and arrays or tensors at hand."""
+"""Pictures in arrays: `.npy`, `.npz`, and arrays, tensors or data sets at hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import GolddiffError
 from .core import NO_LABEL, Images
 
-__all__ = ["from_array", "read_numpy"]
+__all__ = ["from_array", "from_dataset", "read_numpy"]
 
 CHANNELS = (1, 3, 4)
 IMAGE_KEYS = ("arr_0", "images", "x")
@@ -49,6 +49,48 @@ def from_array(array: Any, labels: Any = None, layout: str | None = None, classe
         read=lambda start, stop: array[start:stop],
         classes=classes,
     )
+
+
+def from_dataset(dataset: Any) -> Images:
+    """Pictures of a map-style data set (`len(d)`, `d[i]`), such as any `torch.utils.data.Dataset`.
+
+    An item is a picture, or a tuple that begins with picture and label. A picture is a PIL image, a uint8 array
+    or tensor, or floats in [-1, 1]; `(H, W, C)`, `(C, H, W)` or `(H, W)`. Items are read when they are needed.
+    """
+
+    def item(i: int) -> tuple[np.ndarray, int]:
+        value = dataset[i]
+        picture, label = (
+            (value[0], value[1]) if isinstance(value, tuple | list) and len(value) > 1 else (value, NO_LABEL)
+        )
+        array = np.asarray(picture[0] if isinstance(picture, tuple | list) else picture)
+        if array.ndim == 2:
+            return array[None], int(label)
+        layout = guess_layout((1, *array.shape))
+        return (np.moveaxis(array, 2, 0) if layout == "NHWC" else array), int(label)
+
+    count = len(dataset)
+    if count == 0:
+        raise GolddiffError("the data set is empty: a bank needs at least one picture")
+    first, _ = item(0)
+    check_pixels(first[None])
+    labels = np.array([item(i)[1] for i in range(count)], dtype=np.int64)
+
+    def read(start: int, stop: int) -> np.ndarray:
+        block = np.empty((stop - start, *first.shape), dtype=first.dtype)
+        for i in range(start, stop):
+            picture, _ = item(i)
+            if picture.shape != first.shape or picture.dtype != first.dtype:
+                raise GolddiffError(
+                    f"item {i} is {picture.dtype} {picture.shape}, item 0 is {first.dtype} {first.shape}: "
+                    "bring them to one shape and type"
+                )
+            block[i - start] = picture
+        check_pixels(block)
+        return block
+
+    shape = (first.shape[0], first.shape[1], first.shape[2])
+    return Images(shape, first.dtype, labels, [str(i) for i in range(count)], read)
 
 
 def check_pixels(array: np.ndarray) -> None:

@@ -25,6 +25,7 @@ class Images:
         ids: where each picture comes from, N strings (a path in the folder, or a row number).
         read: `read(start, stop)` decodes pictures `start..stop-1` to `(stop - start, C, H, W)`.
         classes: the names of the classes, if they have any; `labels` index them.
+        skipped: names of the pictures that could not be read and were left out.
     """
 
     shape: tuple[int, int, int]
@@ -33,6 +34,7 @@ class Images:
     ids: Sequence[str]
     read: Callable[[int, int], np.ndarray]
     classes: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.labels) != len(self.ids):
@@ -50,6 +52,25 @@ class Images:
         for start in range(0, len(self), size):
             stop = min(start + size, len(self))
             yield start, self.read(start, stop)
+
+    def flipped(self) -> Images:
+        """These pictures, then their mirror images in the same order (ids end in `|flip`)."""
+        count, read = len(self), self.read
+
+        def both(start: int, stop: int) -> np.ndarray:
+            parts = []
+            if start < count:
+                parts.append(read(start, min(stop, count)))
+            if stop > count:
+                parts.append(read(max(start - count, 0), stop - count)[..., ::-1])
+            return np.concatenate(parts)
+
+        return replace(
+            self,
+            labels=np.concatenate([self.labels, self.labels]),
+            ids=[*self.ids, *(f"{name}|flip" for name in self.ids)],
+            read=both,
+        )
 
     def first(self, count: int | None) -> Images:
         """The first `count` pictures (all of them if there are fewer, or if `count` is None)."""

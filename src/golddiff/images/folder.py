@@ -1,8 +1,9 @@
-"""Folders of pictures: flat, or one folder for each class."""
+"""Folders of pictures: flat, or one folder (with any folders below it) for each class."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,14 +11,14 @@ from ..errors import GolddiffError
 from .core import NO_LABEL, Images
 from .pictures import EncodedPicture, decoded
 
-__all__ = ["read_folder"]
+__all__ = ["SUFFIXES", "by_first_folder", "read_folder"]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 SPLITS = {"train", "test", "val", "valid", "validation"}
 
 
-def read_folder(folder: Path, split: str, size: int | None = None) -> Images:
-    """Pictures of a folder in the order of their names; the names of sub-folders are the classes.
+def read_folder(folder: Path, split: str, **options: Any) -> Images:
+    """Pictures of a folder in the order of their paths; the first level of sub-folders are the classes.
 
     A folder whose sub-folders are all called train, test, val, ... is a data set with splits, and the one
     named `split` is read.
@@ -27,36 +28,33 @@ def read_folder(folder: Path, split: str, size: int | None = None) -> Images:
         if split not in below:
             raise GolddiffError(f"{folder} has no split '{split}': it has {', '.join(sorted(below))}")
         folder = folder / split
-    flat = _pictures_in(folder)
-    by_class = {
-        sub.name: files
-        for sub in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-        if (files := _pictures_in(sub))
-    }
-    if flat and by_class:
-        raise GolddiffError(
-            f"{folder} has pictures beside class folders ({flat[0].name}, {next(iter(by_class))}/): "
-            "move them into a class folder"
-        )
-    if not flat and not by_class:
-        raise GolddiffError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))}) and no class folders")
-    files = flat or [file for group in by_class.values() for file in group]
-    classes = tuple(by_class)
-    labels = (
-        np.full(len(files), NO_LABEL, dtype=np.int64)
-        if flat
-        else np.repeat(np.arange(len(classes)), [len(group) for group in by_class.values()])
+    found = (
+        p
+        for p in folder.rglob("*")
+        if p.suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+        and p.is_file()
     )
+    files = sorted(found, key=Path.as_posix)
+    if not files:
+        raise GolddiffError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))}), nor do its sub-folders")
     ids = [file.relative_to(folder).as_posix() for file in files]
+    labels, classes = by_first_folder(ids)
 
     def fetch(start: int, stop: int) -> list[EncodedPicture]:
         return [EncodedPicture(str(file), file) for file in files[start:stop]]
 
-    return decoded(len(files), fetch, labels, ids, classes, size)
+    return decoded(len(files), fetch, labels, ids, classes, **options)
 
 
-def _pictures_in(folder: Path) -> list[Path]:
-    return sorted(
-        p for p in folder.iterdir()
-        if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
-    )  # fmt: skip
+def by_first_folder(names: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels and class names from the first folder of each path; no labels if all lie at the top."""
+    tops = [name.split("/")[0] if "/" in name else "" for name in names]
+    classes = sorted(set(tops))
+    if classes == [""]:
+        return np.full(len(names), NO_LABEL, dtype=np.int64), ()
+    if "" in classes:
+        stray = names[tops.index("")]
+        raise GolddiffError(f"there are pictures beside class folders ({stray}, {classes[1]}/): move them into one")
+    numbers = {name: i for i, name in enumerate(classes)}
+    return np.array([numbers[top] for top in tops], dtype=np.int64), tuple(classes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +29,7 @@ def find_parquet(folder: Path, split: str) -> list[Path]:
     return chosen
 
 
-def read_parquet(files: list[Path], size: int | None = None) -> Images:
+def read_parquet(files: list[Path], **options: Any) -> Images:
     """Pictures of parquet files, one after the other. Ids are row numbers over all files."""
     columns = [_columns(file) for file in files]
     counts = [pq.ParquetFile(file).metadata.num_rows for file in files]
@@ -54,7 +55,7 @@ def read_parquet(files: list[Path], size: int | None = None) -> Images:
         return out
 
     total = int(starts[-1])
-    return decoded(total, fetch, labels, [str(i) for i in range(total)], _classes(files[0], columns[0][1]), size)
+    return decoded(total, fetch, labels, [str(i) for i in range(total)], _classes(files[0], columns[0][1]), **options)
 
 
 def _read(file: Path, column: str) -> pa.ChunkedArray:

@@ -35,7 +35,9 @@ def decoded(
     labels: np.ndarray,
     ids: Sequence[str],
     classes: tuple[str, ...] = (),
+    *,
     size: int | None = None,
+    skip_broken: bool = False,
 ) -> Images:
     """Images from encoded pictures.
 
@@ -47,35 +49,48 @@ def decoded(
         count: N.
         fetch: `fetch(start, stop)` gives the encoded pictures `start..stop-1`.
         size: the side of the result; None keeps the pictures' own size, which must be the same for all.
+        skip_broken: leave out pictures that cannot be used (each is decoded once to find out).
     """
     if size is not None and size < 1:
         raise GolddiffError(f"size is {size}: give a side of at least 1 pixel")
     first: tuple[str, tuple[int, int]] | None = None
     grey = True
-    for start in range(0, count, 1024):
-        for picture in fetch(start, min(start + 1024, count)):
+    kept, skipped = [], []
+    for i in range(count):
+        picture = None
+        try:
+            (picture,) = fetch(i, i + 1)
             side, mode = _header(picture)
-            grey = grey and mode in GREY
-            first = first or (picture.name, side)
-            if size is None and side != first[1]:
-                raise GolddiffError(
-                    f"pictures differ in size: {first[0]} is {first[1][0]}x{first[1][1]}, "
-                    f"{picture.name} is {side[0]}x{side[1]}; give --size N to bring them to N x N"
-                )
+            if skip_broken:
+                _pixels(picture, mode in GREY, size)
+        except GolddiffError:
+            if not skip_broken:
+                raise
+            skipped.append(picture.name if picture else ids[i])
+            continue
+        kept.append(i)
+        grey = grey and mode in GREY
+        first = first or (picture.name, side)
+        if size is None and side != first[1]:
+            raise GolddiffError(
+                f"pictures differ in size: {first[0]} is {first[1][0]}x{first[1][1]}, "
+                f"{picture.name} is {side[0]}x{side[1]}; give --size N to bring them to N x N"
+            )
     if first is None:
-        raise GolddiffError("there are no pictures: a bank needs at least one")
+        raise GolddiffError("there are no pictures that can be read: a bank needs at least one")
     width, height = (size, size) if size else first[1]
     shape = (1 if grey else 3, height, width)
 
     def read(start: int, stop: int) -> np.ndarray:
         out = np.empty((stop - start, *shape), dtype=np.uint8)
+        wanted = [fetch(i, i + 1)[0] for i in kept[start:stop]] if skipped else fetch(start, stop)
         with ThreadPoolExecutor(4) as pool:
-            pixels = pool.map(lambda picture: _pixels(picture, grey, size), fetch(start, stop))
-            for i, picture in enumerate(pixels):
-                out[i] = picture
+            for i, pixels in enumerate(pool.map(lambda picture: _pixels(picture, grey, size), wanted)):
+                out[i] = pixels
         return out
 
-    return Images(shape, np.dtype(np.uint8), labels, ids, read, classes)
+    ids = [ids[i] for i in kept] if skipped else ids
+    return Images(shape, np.dtype(np.uint8), labels[kept], ids, read, classes, tuple(skipped))
 
 
 def _open(picture: EncodedPicture) -> Image.Image:

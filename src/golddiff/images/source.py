@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 from ..errors import GolddiffError, unknown
-from .arrays import from_array, read_numpy
+from .archives import find_shards, read_tars, read_zip
+from .arrays import from_array, from_dataset, read_numpy
+from .cifar import find_cifar, read_cifar
 from .core import Images
 from .folder import read_folder
+from .hub import HUB, read_hub
 from .idx import find_idx, read_idx
 from .parquet import find_parquet, read_parquet
 
 __all__ = ["BUILT_IN", "KNOWN", "find_source", "open_source"]
 
+HUB_PREFIX = "hf:"
 BUILT_IN = ("digits", "mnist5k")
 KNOWN = ("mnist", "fashion_mnist", "cifar10", "imagenet_sample")
 
 
 def find_source(source: str | Path) -> str | Path:
-    """A built-in name as it is, or the path that `source` stands for.
+    """What `source` stands for: a built-in name or `hf:NAME` as they are, or a path.
 
-    A name of `KNOWN` is looked for in `$GOLDDIFF_DATA`; anything else is a path, or a name in
-    `$GOLDDIFF_DATA` if there is no such path. Write `./mnist` for a folder of that name.
+    A name of `KNOWN` is looked for in `$GOLDDIFF_DATA`, then on the hub (`hf:...`) if the extra `datasets` is
+    there; anything else is a path, or a name in `$GOLDDIFF_DATA` if there is no such path. Write `./mnist` for a
+    folder of that name.
     """
     text = str(source)
-    if text in BUILT_IN:
+    if text in BUILT_IN or text.startswith(HUB_PREFIX):
         return text
     root = os.environ.get("GOLDDIFF_DATA")
     named = Path(root) / text if root and text else None
@@ -35,9 +43,11 @@ def find_source(source: str | Path) -> str | Path:
     if text in KNOWN:
         if named is not None and named.exists():
             return named
+        if text in HUB and importlib.util.find_spec("datasets"):
+            return HUB_PREFIX + HUB[text]
         raise GolddiffError(
-            f"'{text}' needs its files: set GOLDDIFF_DATA to a folder that holds {text}/, or give a path; "
-            f"{' and '.join(BUILT_IN)} are built in"
+            f"'{text}' needs its files: set GOLDDIFF_DATA to a folder that holds {text}/, or pip install "
+            f"'golddiff[datasets]' to fetch it, or give a path; {' and '.join(BUILT_IN)} are built in"
         )
     if path.exists():
         return path
@@ -49,43 +59,79 @@ def find_source(source: str | Path) -> str | Path:
 
 
 def open_source(
-    source: str | Path, *, split: str = "train", size: int | None = None, layout: str | None = None
+    source: Any,
+    *,
+    labels: Any = None,
+    split: str = "train",
+    size: int | None = None,
+    layout: str | None = None,
+    limit: int | None = None,
+    flip: bool = False,
+    skip_broken: bool = False,
 ) -> Images:
-    """Images from a path or a known name.
+    """Images from a path, a known name, an array or a data set.
 
     Arguments:
-        source: `digits` or `mnist5k` (the extra `demo` carries them), a name in `$GOLDDIFF_DATA`, a folder
-            of pictures, of parquet files or of IDX files, or one file (`.npz`, `.npy`, `.parquet`, IDX).
+        source: `digits` or `mnist5k` (the extra `demo` carries them), a name in `$GOLDDIFF_DATA`, `hf:NAME`, a
+            folder or a file (see the README for the kinds), an array or tensor, or a map-style data set.
+        labels: `(N,)` integers, for an array or tensor.
         split: which part of a data set that has parts.
-        size: bring encoded pictures to `size x size`; refused for arrays, which are taken as they are.
+        size: bring encoded pictures to `size x size` (central square, Lanczos); arrays are taken as they are.
         layout: order of the axes of arrays, where their shape does not tell.
+        limit: take the first `limit` pictures only.
+        flip: add the mirror image of each, after all of them.
+        skip_broken: leave out encoded pictures that cannot be used.
     """
-    found = find_source(source)
-    if isinstance(found, str):
-        images = _built_in(found)
-    elif found.is_dir():
-        if files := find_parquet(found, split):
-            return read_parquet(files, size)
-        idx = find_idx(found, split)
-        if idx is None:
-            return read_folder(found, split, size)
-        images = read_idx(idx)
-    elif found.suffix == ".parquet":
-        return read_parquet([found], size)
-    elif found.suffix in (".npz", ".npy"):
-        images = read_numpy(found, layout)
-    elif "ubyte" in found.name:
-        images = read_idx(found)
+    if isinstance(source, str | Path):
+        if labels is not None:
+            raise GolddiffError("labels= goes with an array of pictures; a path brings its own labels")
+        images = _from_path(find_source(source), split, layout, {"size": size, "skip_broken": skip_broken})
+    elif isinstance(source, np.ndarray | torch.Tensor):
+        images = from_array(source, labels, layout)
+    elif isinstance(source, Images):
+        images = source
     else:
-        raise GolddiffError(
-            f"{found} is not a kind of file that is read here: give a folder of pictures, a .npz, .npy or "
-            ".parquet file, or MNIST's IDX files"
-        )
+        images = from_dataset(source)
     if size is not None and images.shape[1:] != (size, size):
         raise GolddiffError(
-            f"{source} holds arrays of {images.shape[1]} x {images.shape[2]}: --size is for encoded pictures"
+            f"these are arrays of {images.shape[1]} x {images.shape[2]}: --size is for encoded pictures; "
+            "resize them first"
         )
-    return images
+    images = images.first(limit)
+    return images.flipped() if flip else images
+
+
+def _from_path(found: str | Path, split: str, layout: str | None, encoded: dict[str, Any]) -> Images:
+    """The reader for what lies there; `encoded` are the options of readers of encoded pictures."""
+    if isinstance(found, str):
+        if found.startswith(HUB_PREFIX):
+            return read_hub(found.removeprefix(HUB_PREFIX), split, **encoded)
+        return _built_in(found)
+    if found.is_dir():
+        if files := find_parquet(found, split):
+            return read_parquet(files, **encoded)
+        if files := find_cifar(found, split):
+            return read_cifar(files)
+        if files := find_shards(found, split):
+            return read_tars(files, **encoded)
+        idx = find_idx(found, split)
+        return read_folder(found, split, **encoded) if idx is None else read_idx(idx)
+    if found.suffix == ".parquet":
+        return read_parquet([found], **encoded)
+    if found.suffix == ".zip":
+        return read_zip(found, **encoded)
+    if found.suffix == ".tar":
+        return read_tars([found], **encoded)
+    if found.suffix == ".bin":
+        return read_cifar([found])
+    if found.suffix in (".npz", ".npy"):
+        return read_numpy(found, layout)
+    if "ubyte" in found.name:
+        return read_idx(found)
+    raise GolddiffError(
+        f"{found} is not a kind of file that is read here: give a folder of pictures, a .zip, .tar, .parquet, .npz or "
+        ".npy file, CIFAR's .bin batches or MNIST's IDX files"
+    )
 
 
 def _built_in(name: str) -> Images:

@@ -1,0 +1,66 @@
+"""Files and folders that appear under their names only when they are complete, and where the cache lies."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import GolddiffError
+
+__all__ = ["cache_folder", "fresh_folder", "hash_file", "replacing"]
+
+
+def cache_folder() -> Path:
+    """`$GOLDDIFF_CACHE`, by default `golddiff` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "golddiff"
+    return Path(os.environ.get("GOLDDIFF_CACHE") or default)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives another name to write to; it becomes `path` at the end, and is removed if anything fails."""
+    part = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield part
+        part.replace(path)
+    except OSError as error:
+        raise GolddiffError(
+            f"{path} cannot be written ({error.strerror or error}): make room, or choose another"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def fresh_folder(out: Path) -> Iterator[Path]:
+    """Gives a folder to fill; it becomes `out` at the end (an older one stays until then)."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise GolddiffError(f"{out.parent} cannot be written to ({error.strerror}): choose another folder") from error
+    old = folder.with_name(folder.name + "-old")
+    try:
+        folder.chmod(0o755)
+        yield folder
+        if out.exists():
+            out.rename(old)
+        folder.rename(out)
+    except OSError as error:
+        raise GolddiffError(
+            f"{out} cannot be written ({error.strerror or error}): make room, or choose another"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def hash_file(path: Path) -> str:
+    """128-bit hash of the bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -1,0 +1,148 @@
+"""Pictures in archives: zips of EDM's kind (with `dataset.json`) and webdataset tar shards."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from ..errors import GolddiffError
+from .core import NO_LABEL, Images
+from .folder import SUFFIXES, by_first_folder
+from .pictures import EncodedPicture, decoded
+
+__all__ = ["find_shards", "read_tars", "read_zip"]
+
+LARGEST = 2**28  # bytes of one picture file
+LABELS = "dataset.json"
+
+
+def read_zip(path: Path, **options: Any) -> Images:
+    """Pictures of a zip in the order of their names.
+
+    Labels come from `dataset.json` (`{"labels": [["00000/img00000000.png", 6], ...]}`, or null for none) if the
+    zip has one, else from the names of its folders. Nothing is unpacked to disk.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+        entries = [e for e in archive.infolist() if _is_picture(e.filename)]
+        listed = json.loads(archive.read(LABELS)) if LABELS in archive.namelist() else None
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise GolddiffError(f"{path} is not a readable zip of pictures ({error}): make it again") from error
+    entries.sort(key=lambda e: e.filename)
+    _check_sizes(path, [(e.filename, e.file_size) for e in entries])
+    names = [e.filename for e in entries]
+    if listed is None:
+        labels, classes = by_first_folder(names)
+    else:
+        labels, classes = _listed_labels(path, listed, names), ()
+
+    def fetch(start: int, stop: int) -> list[EncodedPicture]:
+        return [EncodedPicture(f"{path.name}/{e.filename}", _read(path, archive, e)) for e in entries[start:stop]]
+
+    return decoded(len(entries), fetch, labels, names, classes, **options)
+
+
+def find_shards(folder: Path, split: str) -> list[Path]:
+    """The tar shards of a folder, those of the split if their names say so; [] if it has none."""
+    files = sorted(folder.glob("*.tar"))
+    return [f for f in files if split in f.name] or files
+
+
+def read_tars(files: list[Path], **options: Any) -> Images:
+    """Pictures of webdataset shards, one after the other.
+
+    A sample is the files that share a name up to the first dot of its last part; its label is the number in its
+    `.cls` file, or `cls` or `label` in its `.json` file.
+    """
+    samples: list[tuple[Path, str, int, int]] = []
+    labels: list[int] = []
+    for file in files:
+        for name, (offset, size, label) in _index(file).items():
+            samples.append((file, name, offset, size))
+            labels.append(label)
+        _check_sizes(file, [(name, size) for f, name, _, size in samples if f == file])
+
+    def fetch(start: int, stop: int) -> list[EncodedPicture]:
+        out = []
+        for file, name, offset, size in samples[start:stop]:
+            with file.open("rb") as stream:
+                stream.seek(offset)
+                out.append(EncodedPicture(f"{file.name}/{name}", stream.read(size)))
+        return out
+
+    ids = [f"{file.name}/{name}" for file, name, _, _ in samples]
+    return decoded(len(samples), fetch, np.array(labels, dtype=np.int64), ids, **options)
+
+
+def _index(file: Path) -> dict[str, tuple[int, int, int]]:
+    """Pictures of a shard, in order: name -> (offset, size, label)."""
+    pictures: dict[str, tuple[str, int, int]] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(file, "r:") as archive:
+            for member in archive:
+                path = PurePosixPath(member.name)
+                stem, _, ending = path.name.partition(".")
+                key = str(path.with_name(stem or path.name))
+                if not member.isreg():
+                    continue
+                if _is_picture(member.name):
+                    if key in pictures:
+                        raise GolddiffError(f"{file}: sample {key} has two pictures; one is expected")
+                    pictures[key] = (member.name, member.offset_data, member.size)
+                elif ending in ("cls", "json") and member.size <= 2**20:
+                    stream = archive.extractfile(member)
+                    labels[key] = _label(file, member.name, stream.read() if stream else b"")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise GolddiffError(f"{file} is not a readable, uncompressed tar ({error}): make it again") from error
+    return {name: (offset, size, labels.get(key, NO_LABEL)) for key, (name, offset, size) in pictures.items()}
+
+
+def _label(file: Path, name: str, text: bytes) -> int:
+    try:
+        value = json.loads(text)
+        if isinstance(value, dict):
+            value = value.get("cls", value.get("label", NO_LABEL))
+        return int(value)
+    except (ValueError, TypeError, UnicodeDecodeError) as error:
+        raise GolddiffError(f"{file}: {name} holds no label ({error}): a whole number is expected") from error
+
+
+def _listed_labels(path: Path, listed: Any, names: list[str]) -> np.ndarray:
+    pairs = listed.get("labels") if isinstance(listed, dict) else None
+    if pairs is None:
+        return np.full(len(names), NO_LABEL, dtype=np.int64)
+    try:
+        known = {str(name): int(label) for name, label in pairs}
+    except (TypeError, ValueError) as error:
+        raise GolddiffError(f"{path}: labels in {LABELS} are not pairs of name and whole number") from error
+    missing = next((name for name in names if name not in known), None)
+    if missing is not None:
+        raise GolddiffError(f"{path}: {LABELS} has no label for {missing}: list all pictures, or none")
+    return np.array([known[name] for name in names], dtype=np.int64)
+
+
+def _is_picture(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and "__MACOSX" not in path.parts
+
+
+def _check_sizes(path: Path, sizes: list[tuple[str, int]]) -> None:
+    if not sizes:
+        raise GolddiffError(f"{path} holds no pictures ({', '.join(sorted(SUFFIXES))})")
+    for name, size in sizes:
+        if size > LARGEST:
+            raise GolddiffError(f"{path}: {name} announces {size} bytes, more than a picture has")
+
+
+def _read(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    try:
+        with archive.open(entry) as stream:
+            return stream.read(LARGEST)
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as error:
+        raise GolddiffError(f"{path}: {entry.filename} cannot be read ({error}): make the zip again") from error

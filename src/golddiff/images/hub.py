@@ -1,0 +1,56 @@
+"""Data sets of the Hugging Face hub, through the extra `datasets`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import GolddiffError
+from .core import NO_LABEL, Images
+from .parquet import LABEL_COLUMNS
+from .pictures import EncodedPicture, decoded
+
+__all__ = ["HUB", "read_hub"]
+
+HUB = {
+    "mnist": "ylecun/mnist",
+    "fashion_mnist": "zalando-datasets/fashion_mnist",
+    "cifar10": "uoft-cs/cifar10",
+}
+
+
+def read_hub(name: str, split: str, **options: Any) -> Images:
+    """Pictures of a data set that `datasets.load_dataset(name)` finds, on the hub or in a local folder.
+
+    Raises:
+        GolddiffError: the extra is not installed, the data set is not found, or it has not one column of pictures.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise GolddiffError(f"hf:{name} needs the extra datasets: pip install 'golddiff[datasets]'") from error
+    try:
+        table = datasets.load_dataset(name, split=split)
+    except Exception as error:  # whatever a loader raises: no network, no such name, no such split
+        reason = str(error).split("\n")[0][:160]
+        raise GolddiffError(f"hf:{name} cannot be loaded ({reason}): check name, split and network") from error
+    columns = [c for c, kind in table.features.items() if isinstance(kind, datasets.Image)]
+    if len(columns) != 1:
+        raise GolddiffError(f"hf:{name} has {len(columns)} columns of pictures, not one: {', '.join(table.features)}")
+    column = columns[0]
+    label = next((c for c in LABEL_COLUMNS if c in table.features), None)
+    labels = np.full(len(table), NO_LABEL) if label is None else np.asarray(table[label][:], dtype=np.int64)
+    kind = table.features[label] if label else None
+    classes = tuple(kind.names) if isinstance(kind, datasets.ClassLabel) else ()
+    encoded = table.cast_column(column, datasets.Image(decode=False)).select_columns([column])
+
+    def fetch(start: int, stop: int) -> list[EncodedPicture]:
+        cells = encoded[start:stop][column]
+        return [
+            EncodedPicture(f"hf:{name} row {start + i}", cell["bytes"] or Path(cell["path"]))
+            for i, cell in enumerate(cells)
+        ]
+
+    return decoded(len(table), fetch, labels, [str(i) for i in range(len(table))], classes, **options)

@@ -1,0 +1,230 @@
+"""Recipes: everything that decides what the images of a run are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .bank import Bank
+from .denoise import METHODS, Denoiser, denoiser
+from .errors import GolddiffError, unknown
+from .files import replacing
+from .images import NO_LABEL
+from .noise import SCHEDULES
+from .sample import SAMPLERS
+
+__all__ = ["DEFAULTS", "Recipe", "parse_options", "parse_seeds", "read_settings"]
+
+FORMAT = 1
+
+DEFAULTS: dict[str, Any] = {
+    "method": "golddiff",
+    "options": {},
+    "seeds": "0-15",
+    "steps": 10,
+    "schedule": "ddpm",
+    "sampler": "ddim",
+    "labels": [],
+}
+"""What a run is where neither the command line nor a recipe says otherwise."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a run's images are, resolved.
+
+    Arguments:
+        bank: `name` and options of its source, `path` of its folder, `fingerprint`.
+        method: name of the denoiser. options: all of its options.
+        seeds: of the run.
+        steps, schedule, sampler: of sampling.
+        labels: the label of seed s is `labels[s % len(labels)]`; empty for none.
+        format: version of this file.
+    """
+
+    bank: dict[str, Any]
+    method: str
+    options: dict[str, Any]
+    seeds: list[int]
+    steps: int
+    schedule: str
+    sampler: str
+    labels: list[int]
+    format: int = FORMAT
+
+    @staticmethod
+    def resolve(bank: Bank, settings: dict[str, Any]) -> tuple[Recipe, Denoiser]:
+        """The recipe that settings (keys of `DEFAULTS`) stand for on a bank, and its denoiser.
+
+        Raises:
+            GolddiffError: a value that is unknown, out of range or of the wrong kind.
+        """
+        chosen = {**DEFAULTS, **settings}
+        for key, known in (("method", METHODS), ("schedule", SCHEDULES), ("sampler", SAMPLERS)):
+            if chosen[key] not in known:
+                raise unknown(key, chosen[key], known)
+        if not isinstance(chosen["options"], dict):
+            raise GolddiffError(f"options is {chosen['options']!r}: write them as names and values")
+        model = denoiser(chosen["method"], bank, **chosen["options"])
+        if model.options.get("mask") is not None:
+            raise GolddiffError("a mask cannot be stored in a recipe: give it from Python")
+        steps = chosen["steps"]
+        if not isinstance(steps, int) or isinstance(steps, bool):
+            raise GolddiffError(f"steps is {steps!r}: give a whole number")
+        SCHEDULES[chosen["schedule"]]().levels(steps)
+        known_bank = {**bank.source, "path": str(bank.path.resolve()) if bank.path else None}
+        recipe = Recipe(
+            bank={**known_bank, "fingerprint": bank.fingerprint},
+            method=chosen["method"],
+            options=model.options,
+            seeds=parse_seeds(chosen["seeds"]),
+            steps=steps,
+            schedule=chosen["schedule"],
+            sampler=chosen["sampler"],
+            labels=parse_labels(chosen["labels"], bank),
+        )
+        return recipe, model
+
+    def label_of(self, seed: int) -> int:
+        """The label of a seed, -1 for none."""
+        return self.labels[seed % len(self.labels)] if self.labels else NO_LABEL
+
+    def same_images(self, settings: dict[str, Any]) -> bool:
+        """Whether another recipe (as read from its file) gives a seed the same image."""
+
+        def essence(recipe: dict[str, Any]) -> dict[str, Any]:
+            return {**recipe, "seeds": None, "bank": dict(recipe.get("bank") or {}).get("fingerprint")}
+
+        return essence(json.loads(json.dumps(asdict(self)))) == essence(settings)
+
+    def save(self, path: Path) -> None:
+        """Writes the recipe as JSON."""
+        with replacing(path) as part:
+            part.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a recipe or in a YAML or JSON file that has some of its keys.
+
+    Raises:
+        GolddiffError: no such file, not YAML or JSON, unknown keys, or a recipe of another format.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise GolddiffError(f"recipe {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    except yaml.YAMLError as error:
+        raise GolddiffError(f"recipe {path} is neither YAML nor JSON ({' '.join(str(error).split())[:120]})") from error
+    if not isinstance(settings, dict):
+        raise GolddiffError(f"recipe {path} holds no settings: write lines such as 'method: golddiff'")
+    known = {field.name for field in fields(Recipe)}
+    for key in settings:
+        if key not in known:
+            raise unknown(f"key in recipe {path}", key, known)
+    if settings.get("format", FORMAT) != FORMAT:
+        raise GolddiffError(f"recipe {path} is of format {settings['format']}, this is {FORMAT}: write it again")
+    return settings
+
+
+def open_bank(stated: Any, **building: Any) -> Bank:
+    """The bank that a recipe names: by its folder if that still holds it, else from its source.
+
+    Arguments:
+        stated: a path or known name, or what a recipe stores.
+        building: options of `Bank.build` for a source that is named only.
+
+    Raises:
+        GolddiffError: the fingerprint is not the recipe's.
+    """
+    if isinstance(stated, str):
+        return Bank.build(stated, progress=True, **building)
+    if not isinstance(stated, dict) or not (stated.get("path") or stated.get("name")):
+        raise GolddiffError("the recipe names no bank: give one on the command line")
+    wanted, path = stated.get("fingerprint"), stated.get("path")
+    if path and (Path(path) / "bank.json").is_file():
+        bank = Bank.open(path)
+        if wanted in (None, bank.fingerprint):
+            return bank
+    if not stated.get("name") or stated["name"] == "array":
+        raise GolddiffError(f"the recipe's bank was built from an array and is not at {path}: name one before --recipe")
+    keys = ("split", "size", "limit", "layout", "flip", "skip_broken")
+    options = {key: stated[key] for key in keys if stated.get(key) is not None}
+    return check_fingerprint(Bank.build(stated["name"], progress=True, **options), wanted)
+
+
+def check_fingerprint(bank: Bank, wanted: str | None) -> Bank:
+    """The bank, if its fingerprint is the one that a recipe wants (or the recipe wants none)."""
+    if wanted is not None and bank.fingerprint != wanted:
+        raise GolddiffError(
+            f"the recipe was made with a bank of fingerprint {wanted}, this one has {bank.fingerprint}: "
+            "give the right bank, or take the fingerprint out of the recipe"
+        )
+    return bank
+
+
+def parse_seeds(seeds: Any) -> list[int]:
+    """`"0-3,8"` or a list -> `[0, 1, 2, 3, 8]`."""
+    wrong = GolddiffError(f"seeds {seeds!r}: write them as 0-15 or 3,7,20-29")
+    listed: list[int] = []
+    for part in str(seeds).split(",") if isinstance(seeds, str | int) else _items(seeds, wrong):
+        first, dash, last = str(part).strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or len(first + last) > 30:
+            raise wrong
+        low, high = int(first), int(last if dash else first)
+        if high < low:
+            raise wrong
+        if high - low >= 10**7 or high >= 2**63:
+            raise GolddiffError(f"seeds {seeds!r} are too many or too large: at most 10 million, under 2^63")
+        listed.extend(range(low, high + 1))
+    if not listed or len(set(listed)) != len(listed):
+        raise GolddiffError(f"seeds {seeds!r} name a seed twice or none: write each once")
+    return listed
+
+
+def parse_labels(labels: Any, bank: Bank) -> list[int]:
+    """`"3,7"`, names of classes, or a list of either -> labels that the bank has."""
+    parts = labels.split(",") if isinstance(labels, str) else [labels] if isinstance(labels, int) else labels
+    numbers: list[int] = []
+    for part in _items(parts or [], GolddiffError(f"labels {labels!r}: write them as 3 or 3,7")):
+        text = str(part).strip()
+        if text in bank.classes and not text.lstrip("-").isdecimal():
+            numbers.append(bank.classes.index(text))
+        elif text.lstrip("-").isdecimal():
+            numbers.append(int(text))
+        else:
+            listed = ", ".join(bank.classes[:12]) or "none, only numbers"
+            raise GolddiffError(f"no class is called '{text}': names here are {listed}")
+    for number in numbers:
+        bank.rows_of(number)
+    return numbers
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """`["k_max=5000", "mask_rule=published"]` -> a dictionary; values as in YAML."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise GolddiffError(f"'{pair}' is no option: write key=value, as in k_max=5000")
+        options[key] = _value(text)
+    return options
+
+
+def _value(text: str) -> Any:
+    """A value as in YAML, and numbers such as 1e-3, which YAML takes for text."""
+    try:
+        value = yaml.safe_load(text)
+        return float(value) if isinstance(value, str) else value
+    except (yaml.YAMLError, ValueError):
+        return text
+
+
+def _items(value: Any, wrong: GolddiffError) -> Iterable[Any]:
+    if isinstance(value, list | tuple | range):
+        return value
+    raise wrong
