@@ -33,7 +33,7 @@ def network_images(folder: Path, seeds: range, shape: tuple[int, int, int]) -> t
         alpha, sigma = noise.like(x_t)
         return gd.Posterior((x_t - sigma * eps) / alpha, torch.zeros(len(x_t)), None, None, x_t, noise)
 
-    *_, last = gd.DDIM().steps(denoise, initial_noise(seeds, shape), schedule.levels(10))
+    *_, last = gd.DDIM().steps(denoise, initial_noise(seeds, shape), schedule.levels(10), seeds)
     return last.x_next
 
 

@@ -103,7 +103,7 @@ def test_steps_follow_each_other_by_ddim(case):
         return gd.Posterior(mean, torch.zeros(len(mean)), None, None, x_t, noise)
 
     levels = [(float(t), n) for t, n in zip(data["timesteps"], noises, strict=True)]
-    for step in gd.DDIM().steps(denoise, torch.from_numpy(data["x_t"][0]), levels):
+    for step in gd.DDIM().steps(denoise, torch.from_numpy(data["x_t"][0]), levels, range(4)):
         if step.index < 9:
             assert float((step.x_next - torch.from_numpy(data["x_t"][step.index + 1])).abs().max()) < 2e-5
 

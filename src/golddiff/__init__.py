@@ -14,9 +14,9 @@ from .bank import Bank
 from .denoise import Denoiser, denoiser
 from .errors import GolddiffError
 from .images import Images, open_source
-from .noise import DDPM, EDM, Cosine, Flow, Noise, Schedule
+from .noise import DDPM, EDM, Cosine, DiffusersSchedule, Flow, Noise, Schedule
 from .posterior import Posterior
-from .sample import DDIM, Sampler, Step, sample, trajectory
+from .sample import DDIM, Ancestral, DPMSolver, Heun, Sampler, Step, sample, trajectory
 
 __version__ = "0.1.0"
 
@@ -24,11 +24,15 @@ __all__ = [
     "DDIM",
     "DDPM",
     "EDM",
+    "Ancestral",
     "Bank",
     "Cosine",
+    "DPMSolver",
     "Denoiser",
+    "DiffusersSchedule",
     "Flow",
     "GolddiffError",
+    "Heun",
     "Images",
     "Noise",
     "Posterior",

@@ -15,7 +15,7 @@ from .errors import GolddiffError, unknown
 from .locality import Locality
 from .noise import Noise
 
-__all__ = ["Budget", "Everything", "GoldenSubset", "Subset", "Support"]
+__all__ = ["Budget", "Everything", "GoldenSubset", "Subset", "Support", "draw", "hashed", "nearest_rows"]
 
 PADDING = -1
 
@@ -284,12 +284,12 @@ def draw(keys: Tensor, count: int, seed: int, level: int) -> Tensor:
     """
     if count >= len(keys):
         return torch.arange(len(keys), device=keys.device)
-    salt = _mix(_mix(torch.tensor(seed)) ^ torch.tensor(level))
-    hashed = _mix(keys ^ salt.to(keys.device))
-    return hashed.topk(count, largest=False, sorted=False).indices
+    salt = hashed(hashed(torch.tensor(seed)) ^ torch.tensor(level))
+    values = hashed(keys ^ salt.to(keys.device))
+    return values.topk(count, largest=False, sorted=False).indices
 
 
-def _mix(x: Tensor) -> Tensor:
+def hashed(x: Tensor) -> Tensor:
     """The finaliser of SplitMix64 on int64, which wraps ("Fast splittable pseudorandom number generators")."""
     x = x + -0x61C8864680B583EB
     x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47

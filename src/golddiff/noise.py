@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .errors import GolddiffError, unknown
 
-__all__ = ["CLEAN", "DDPM", "EDM", "Cosine", "Flow", "Noise", "Schedule", "schedule_named"]
+__all__ = ["CLEAN", "DDPM", "EDM", "Cosine", "DiffusersSchedule", "Flow", "Noise", "Schedule", "schedule_named"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,6 +196,51 @@ class Flow(Schedule):
 
     def times(self, steps: int) -> list[float]:
         return [i / steps for i in range(steps)]
+
+
+class DiffusersSchedule(Schedule):
+    """The levels of a diffusers scheduler (extra `diffusers`), as it sets them for a number of steps.
+
+    Flow matching schedulers (`FlowMatch...`) give `alpha = 1 - s, sigma = s`; those that sample over `sigmas` starting
+    above 1 (Euler, Heun, EDM, ...) give `alpha = 1`; the others give the square roots of `alphas_cumprod`.
+
+    Arguments:
+        scheduler: any scheduler with `set_timesteps` and `alphas_cumprod` or `sigmas`; a copy is used.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        if not hasattr(scheduler, "set_timesteps") or not hasattr(scheduler, "config"):
+            raise GolddiffError(f"{type(scheduler).__name__} is no diffusers scheduler: give one with set_timesteps")
+        self.scheduler = copy.deepcopy(scheduler)
+        self.is_flow = type(scheduler).__name__.startswith("FlowMatch")
+        self.init_noise_sigma = 1.0 if self.is_flow else float(getattr(scheduler, "init_noise_sigma", 1.0))
+        self.is_vp = not self.is_flow and self.init_noise_sigma == 1.0
+        if self.is_vp and not hasattr(scheduler, "alphas_cumprod"):
+            raise GolddiffError(f"{type(scheduler).__name__} has no alphas_cumprod and no sigmas that are understood")
+
+    def levels(self, steps: int) -> list[tuple[float, Noise]]:
+        times = self.times(steps)
+        if self.is_vp:
+            return [(time, self(time)) for time in times]
+        # some schedulers repeat levels within a step; the clean end is left out
+        sigmas = list(dict.fromkeys(float(s) for s in self.scheduler.sigmas if float(s) > 0))
+        self.init_noise_sigma = 1.0 if self.is_flow else float(self.scheduler.init_noise_sigma)
+        return [(t, Noise(1 - s if self.is_flow else 1.0, s)) for t, s in zip(times, sigmas, strict=True)]
+
+    def times(self, steps: int) -> list[float]:
+        if steps < 1:
+            raise GolddiffError(f"steps is {steps}: give at least 1")
+        self.scheduler.set_timesteps(steps)
+        return list(dict.fromkeys(float(t) for t in self.scheduler.timesteps))
+
+    def __call__(self, time: float) -> Noise:
+        if not self.is_vp:
+            raise GolddiffError("the levels of this scheduler depend on the number of steps: use levels(steps)")
+        table = self.scheduler.alphas_cumprod
+        if time != int(time) or not 0 <= time < len(table):
+            raise GolddiffError(f"time {time}: give a whole number from 0 to {len(table) - 1}")
+        abar = table[int(time)].double()
+        return Noise(abar.sqrt(), (1 - abar).sqrt())
 
 
 SCHEDULES: dict[str, type[Schedule]] = {"ddpm": DDPM, "cosine": Cosine, "edm": EDM, "flow": Flow}

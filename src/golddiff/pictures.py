@@ -40,12 +40,12 @@ def grid(
 
     Arguments:
         pictures: `(N, H, W, C)` uint8 with 1, 3 or 4 channels.
-        columns: how many in a row; as square as possible if None.
+        columns: how many in a row; if None, nearly square, and without a gap in the last row if that is possible.
         rows: labels to the left of the rows. heads: labels above the columns. captions: one below each picture.
         gap: pixels between pictures.
     """
     count, height, width, channels = pictures.shape
-    columns = columns or math.ceil(math.sqrt(count))
+    columns = columns or _columns(count)
     zoom = math.ceil(TILE / max(height, width))
     big = pictures.repeat(zoom, axis=1).repeat(zoom, axis=2)
     font = ImageFont.load_default(TEXT)
@@ -68,6 +68,11 @@ def grid(
     for i, text in enumerate(heads):
         draw.text((left + i * step_x + width * zoom // 2, gap), text, ink, font, anchor="mt")
     return sheet
+
+
+def _columns(count: int) -> int:
+    square = math.ceil(math.sqrt(count))
+    return next((n for n in range(square, 2 * square) if count % n == 0), square)
 
 
 def save_png(image: Image.Image | np.ndarray, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +13,23 @@ from tqdm import tqdm
 
 from .denoise import Denoiser
 from .errors import GolddiffError, unknown
+from .golden import hashed
 from .images import NO_LABEL
 from .noise import CLEAN, DDPM, Noise, Schedule
 from .posterior import Posterior
 
-__all__ = ["DDIM", "Sampler", "Step", "initial_noise", "sample", "sampler_named", "trajectory"]
+__all__ = [
+    "DDIM",
+    "Ancestral",
+    "DPMSolver",
+    "Heun",
+    "Sampler",
+    "Step",
+    "initial_noise",
+    "sample",
+    "sampler_named",
+    "trajectory",
+]
 
 Denoise = Callable[[Tensor, Noise], Posterior]
 
@@ -45,39 +58,142 @@ class Sampler(abc.ABC):
     """Follows a denoiser through a list of noise levels."""
 
     @abc.abstractmethod
-    def steps(self, denoise: Denoise, x_t: Tensor, levels: list[tuple[float, Noise]]) -> Iterator[Step]:
-        """Yields every step; the last one ends at the clean image."""
+    def steps(
+        self, denoise: Denoise, x_t: Tensor, levels: list[tuple[float, Noise]], seeds: Sequence[int]
+    ) -> Iterator[Step]:
+        """Yields every step; the last one ends at the clean image.
+
+        Arguments:
+            denoise: from `x_t` and a noise level to a posterior.
+            x_t: `(B, C, H, W)` at the first level.
+            levels: times and noise levels, from noise to image; the clean image follows the last one.
+            seeds: of the images, for samplers that draw noise.
+        """
 
 
 class DDIM(Sampler):
-    r"""Deterministic DDIM ("Denoising Diffusion Implicit Models"), for any schedule.
+    r"""Deterministic DDIM ("Denoising Diffusion Implicit Models"), for any schedule. First order.
 
     .. math:: x' = \alpha' D + \sigma' (x_t - \alpha D) / \sigma
 
     Arguments:
-        clip_sample: clip `D` to [-1, 1] in its first term (not in the second), as diffusers'
-            `DDIMScheduler` does by default.
+        clip_sample: clip `D` to [-1, 1] in its first term (not in the second), as diffusers' `DDIMScheduler` does
+            by default.
     """
 
     def __init__(self, clip_sample: bool = True) -> None:
         self.clip_sample = clip_sample
 
-    def steps(self, denoise: Denoise, x_t: Tensor, levels: list[tuple[float, Noise]]) -> Iterator[Step]:
-        for i, (time, noise) in enumerate(levels):
-            after = levels[i + 1][1] if i + 1 < len(levels) else CLEAN
+    def steps(
+        self, denoise: Denoise, x_t: Tensor, levels: list[tuple[float, Noise]], seeds: Sequence[int]
+    ) -> Iterator[Step]:
+        for i, time, noise, after in _pairs(levels):
             posterior = denoise(x_t, noise)
-            clean = posterior.mean.clamp(-1, 1) if self.clip_sample else posterior.mean
-            alpha, sigma = after.like(x_t)
-            x_next = alpha * clean + sigma * posterior.eps()
+            x_next = _ddim(posterior, after, self.clip_sample)
             yield Step(i, len(levels), time, noise, x_t, posterior, x_next)
             x_t = x_next
 
 
-SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIM}
+class Heun(Sampler):
+    r"""Heun's method on the probability flow in :math:`y = x_t / \alpha` over :math:`\rho = \sigma / \alpha`, as in EDM
+    ("Elucidating the Design Space of Diffusion-Based Generative Models", algorithm 1 without churn). Second order.
+
+    .. math:: \frac{dy}{d\rho} = \frac{y - D}{\rho}
+
+    Two denoisings a step, one in the last (and in a first one with `alpha = 0`, which is a DDIM step). The posterior
+    of a step is that of its first denoising.
+    """
+
+    def steps(
+        self, denoise: Denoise, x_t: Tensor, levels: list[tuple[float, Noise]], seeds: Sequence[int]
+    ) -> Iterator[Step]:
+        for i, time, noise, after in _pairs(levels):
+            posterior = denoise(x_t, noise)
+            x_next = _ddim(posterior, after, clip=False)
+            if float(after.sigma) > 0 and float(noise.alpha) > 0:
+                second = denoise(x_next, after)
+                slopes = [(p.x_t / p.noise.like(p.x_t)[0] - p.mean) / p.noise.rho[0] for p in (posterior, second)]
+                y = x_t / noise.alpha + (after.rho - noise.rho) * (slopes[0] + slopes[1]) / 2
+                x_next = after.alpha * y
+            yield Step(i, len(levels), time, noise, x_t, posterior, x_next)
+            x_t = x_next
+
+
+class Ancestral(Sampler):
+    r"""The stochastic sampler of DDPM ("Denoising Diffusion Probabilistic Models"): draws from
+    :math:`q(x' | x_t, x = D)`, for any schedule.
+
+    .. math:: x' = \alpha' D + \sqrt{\sigma'^2 - s^2} \, (x_t - \alpha D) / \sigma + s z, \quad
+        s^2 = \sigma'^2 \left(1 - \left(\frac{\alpha \sigma'}{\alpha' \sigma}\right)^2\right)
+
+    `z` is a function of seed and step, so a seed gives the same image in any batch.
+
+    Arguments:
+        clip_sample: clip `D` to [-1, 1] first, as diffusers' `DDPMScheduler` does by default.
+    """
+
+    def __init__(self, clip_sample: bool = True) -> None:
+        self.clip_sample = clip_sample
+
+    def steps(
+        self, denoise: Denoise, x_t: Tensor, levels: list[tuple[float, Noise]], seeds: Sequence[int]
+    ) -> Iterator[Step]:
+        for i, time, noise, after in _pairs(levels):
+            posterior = denoise(x_t, noise)
+            clean = posterior.mean.clamp(-1, 1) if self.clip_sample else posterior.mean
+            eps = (x_t - noise.alpha * clean) / noise.sigma
+            variance = after.sigma**2 * (1 - (noise.alpha * after.sigma / (after.alpha * noise.sigma)) ** 2)
+            x_next = after.alpha * clean + (after.sigma**2 - variance).sqrt() * eps
+            if float(variance) > 0:
+                x_next = x_next + variance.sqrt() * step_noise(seeds, i, x_t)
+            yield Step(i, len(levels), time, noise, x_t, posterior, x_next)
+            x_t = x_next
+
+
+class DPMSolver(Sampler):
+    """DPM-Solver++(2M), by diffusers' `DPMSolverMultistepScheduler` (extra `diffusers`). Second order.
+
+    It knows the levels of `DDPM` only.
+    """
+
+    def steps(
+        self, denoise: Denoise, x_t: Tensor, levels: list[tuple[float, Noise]], seeds: Sequence[int]
+    ) -> Iterator[Step]:
+        try:
+            from diffusers import DPMSolverMultistepScheduler
+        except ImportError as error:
+            raise GolddiffError("dpm++ needs the extra diffusers: pip install 'golddiff[diffusers]'") from error
+        solver: Any = DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, prediction_type="sample")
+        for time, noise in levels:
+            known = time == int(time) and 0 <= time < len(solver.alphas_cumprod)
+            if not known or abs(float(solver.alphas_cumprod[int(time)]) - float(noise.alpha) ** 2) > 1e-6:
+                raise GolddiffError("dpm++ goes with the schedule ddpm: choose that, or ddim or heun")
+        solver.set_timesteps(timesteps=[int(time) for time, _ in levels])
+        for i, time, noise, _ in _pairs(levels):
+            posterior = denoise(x_t, noise)
+            x_next = solver.step(posterior.mean, solver.timesteps[i], x_t).prev_sample
+            yield Step(i, len(levels), time, noise, x_t, posterior, x_next)
+            x_t = x_next
+
+
+def _pairs(levels: list[tuple[float, Noise]]) -> Iterator[tuple[int, float, Noise, Noise]]:
+    """Yields index, time, noise level and the level after it."""
+    after = [noise for _, noise in levels[1:]] + [CLEAN]
+    for i, ((time, noise), following) in enumerate(zip(levels, after, strict=True)):
+        yield i, time, noise, following
+
+
+def _ddim(posterior: Posterior, after: Noise, clip: bool) -> Tensor:
+    """Where DDIM goes from a posterior."""
+    clean = posterior.mean.clamp(-1, 1) if clip else posterior.mean
+    return after.alpha * clean + after.sigma * posterior.eps()
+
+
+SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIM, "heun": Heun, "ddpm": Ancestral, "dpm++": DPMSolver}
 
 
 def sampler_named(name: str) -> Sampler:
-    """`ddim`, with its usual settings."""
+    """`ddim`, `heun`, `ddpm` (ancestral) or `dpm++`, with its usual settings."""
     if name not in SAMPLERS:
         raise unknown("sampler", name, SAMPLERS)
     return SAMPLERS[name]()
@@ -86,6 +202,13 @@ def sampler_named(name: str) -> Sampler:
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal noise, `(len(seeds), C, H, W)`, from one CPU float32 generator for each seed."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(dtype)
+
+
+def step_noise(seeds: Sequence[int], step: int, like: Tensor) -> Tensor:
+    """Standard normal noise of a step, as `like`: from one generator for each seed and step, not that of the start."""
+    mixed = hashed(torch.tensor(list(seeds)) ^ hashed(torch.tensor(step + 1)))
+    shape = (like.shape[1], like.shape[2], like.shape[3])
+    return initial_noise([int(m) & (2**63 - 1) for m in mixed], shape, like.dtype).to(like.device)
 
 
 def trajectory(
@@ -115,7 +238,7 @@ def trajectory(
     schedule, sampler = schedule or DDPM(), sampler or DDIM()
     levels = schedule.levels(steps)
     x = initial_noise(seeds, denoiser.bank.shape, dtype).to(denoiser.bank.device) * schedule.init_noise_sigma
-    return sampler.steps(lambda x_t, noise: denoiser(x_t, noise, labels, seed=seeds), x, levels)
+    return sampler.steps(lambda x_t, noise: denoiser(x_t, noise, labels, seed=seeds), x, levels, seeds)
 
 
 def sample(
