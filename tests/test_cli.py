@@ -8,7 +8,6 @@ from PIL import Image
 
 import golddiff as gd
 from golddiff import cli
-from golddiff.recipe import parse_options, parse_seeds
 
 
 def call(capsys, *arguments):
@@ -140,13 +139,6 @@ def test_a_folder_of_something_else_is_not_taken_for_a_run(tmp_path, capsys):
     code, _, err = call(capsys, "sample", "digits", "--out", tmp_path)
     assert code == 2
     assert "no run folder" in err
-
-
-def test_seeds_and_options():
-    assert parse_seeds("0-3, 8,10-10") == [0, 1, 2, 3, 8, 10]
-    assert parse_options(["a=1", "b=0.5", "c=paper", "d=null", "e=true"]) == {
-        "a": 1, "b": 0.5, "c": "paper", "d": None, "e": True,
-    }  # fmt: skip
 
 
 def test_the_command_is_installed():

@@ -1,12 +1,20 @@
 import gzip
 import io
 import json
+import pickle
 import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 import golddiff as gd
@@ -162,6 +170,218 @@ def test_pictures_that_are_upright_only_by_exif(tmp_path):
     assert np.array_equal(all_of(images)[0], np.rot90(COLOUR[0], -1).transpose(2, 0, 1))
 
 
+def write_zip(path, pictures, labels=None, names=None):
+    with zipfile.ZipFile(path, "w") as archive:
+        names = names or [f"00000/img{i:08d}.png" for i in range(len(pictures))]
+        for name, picture in zip(names, pictures, strict=True):
+            archive.writestr(name, png(picture))
+        pairs = None if labels is None else [[n, int(v)] for n, v in zip(names, labels, strict=True)]
+        archive.writestr("dataset.json", json.dumps({"labels": pairs}))
+
+
+def test_zip_of_edm(tmp_path):
+    write_zip(tmp_path / "a.zip", COLOUR, LABELS)
+    images = gd.open_source(tmp_path / "a.zip")
+    assert np.array_equal(all_of(images), COLOUR.transpose(0, 3, 1, 2))
+    assert images.labels.tolist() == LABELS.tolist()
+    write_zip(tmp_path / "b.zip", COLOUR)
+    assert gd.open_source(tmp_path / "b.zip").labels.tolist() == [-1] * 6
+
+
+def test_zip_with_class_folders(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("dog/1.png", png(COLOUR[1]))
+        archive.writestr("cat/0.png", png(COLOUR[0]))
+        archive.writestr("__MACOSX/cat/._0.png", b"x")
+    images = gd.open_source(tmp_path / "a.zip")
+    assert images.classes == ("cat", "dog")
+    assert np.array_equal(all_of(images), COLOUR[:2].transpose(0, 3, 1, 2))
+
+
+def add(archive, name, data):
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))
+
+
+def test_webdataset_shards(tmp_path):
+    for shard, rows in enumerate([range(4), range(4, 6)]):
+        with tarfile.open(tmp_path / f"train-{shard:04d}.tar", "w") as archive:
+            for i in rows:
+                label = b"%d" % LABELS[i] if i % 2 else json.dumps({"label": int(LABELS[i])}).encode()
+                add(archive, f"s{i:03d}.cls" if i % 2 else f"s{i:03d}.json", label)
+                add(archive, f"s{i:03d}.png", png(COLOUR[i]))
+    for source, rows in ((tmp_path, range(6)), (tmp_path / "train-0001.tar", range(4, 6))):
+        images = gd.open_source(source)
+        assert np.array_equal(all_of(images), COLOUR[list(rows)].transpose(0, 3, 1, 2))
+        assert images.labels.tolist() == LABELS[list(rows)].tolist()
+
+
+@pytest.mark.parametrize("hundred", [False, True])
+def test_cifar_binary(tmp_path, hundred):
+    pictures = RNG.integers(0, 256, (6, 3, 32, 32), dtype=np.uint8)
+    names = ["train.bin"] if hundred else ["data_batch_1.bin", "data_batch_2.bin"]
+    for name, rows in zip(names, np.array_split(np.arange(6), len(names)), strict=True):
+        head = np.stack([7 + 0 * LABELS[rows], LABELS[rows]], 1) if hundred else LABELS[rows, None]
+        data = np.concatenate([head.astype(np.uint8), pictures[rows].reshape(len(rows), -1)], axis=1)
+        (tmp_path / name).write_bytes(data.tobytes())
+    (tmp_path / ("fine_label_names.txt" if hundred else "batches.meta.txt")).write_text("ant\nbee\ncat\n")
+    images = gd.open_source(tmp_path)
+    assert np.array_equal(all_of(images), pictures)
+    assert images.labels.tolist() == LABELS.tolist()
+    assert images.classes == ("ant", "bee", "cat")
+    with pytest.raises(gd.GolddiffError, match="no split 'test'"):
+        gd.open_source(tmp_path, split="test")
+
+
+@pytest.mark.parametrize("hundred", [False, True])
+def test_pickled_cifar_is_refused_with_a_command_that_converts_it(tmp_path, hundred, monkeypatch):
+    pictures = RNG.integers(0, 256, (5, 3, 32, 32), dtype=np.uint8)
+    names = ["train"] if hundred else [f"data_batch_{i}" for i in range(1, 6)]
+    for i, name in enumerate(names):
+        rows = slice(None) if hundred else slice(i, i + 1)
+        content = {
+            "data": pictures[rows].reshape(-1, 3072),
+            "fine_labels" if hundred else "labels": LABELS[:5][rows].tolist(),
+        }
+        (tmp_path / name).write_bytes(pickle.dumps(content))
+    (tmp_path / ("meta" if hundred else "batches.meta")).write_bytes(b"x")
+    with pytest.raises(gd.GolddiffError, match="pickles are never read") as caught:
+        gd.open_source(tmp_path)
+    command = str(caught.value).split("convert them there with: ")[1]
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    subprocess.run(["/bin/sh", "-c", command], cwd=tmp_path, check=True)
+    images = gd.open_source(tmp_path / "cifar.npz")
+    assert np.array_equal(all_of(images), pictures)
+    assert images.labels.tolist() == LABELS[:5].tolist()
+
+
+def test_hub_through_datasets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    cells = datasets.Dataset.from_dict(
+        {"image": [Image.fromarray(p) for p in COLOUR], "label": LABELS.tolist()},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])}),
+    )
+    cells.to_parquet(tmp_path / "set" / "train.parquet")
+    images = gd.open_source(f"hf:{tmp_path / 'set'}")
+    assert np.array_equal(all_of(images), COLOUR.transpose(0, 3, 1, 2))
+    assert images.labels.tolist() == LABELS.tolist()
+    assert images.classes == ("a", "b", "c")
+    with pytest.raises(gd.GolddiffError, match="cannot be loaded"):
+        gd.open_source(f"hf:{tmp_path / 'nothing'}")
+
+
+class Pairs(torch.utils.data.Dataset):
+    def __init__(self, pictures, labels=None):
+        self.pictures, self.labels = pictures, labels
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, i):
+        return self.pictures[i] if self.labels is None else (self.pictures[i], int(self.labels[i]))
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor", "pil", "grey", "no labels", "float"])
+def test_torch_datasets_and_tensors(kind):
+    pictures = GREY if kind == "grey" else COLOUR
+    expected = pictures[:, None] if kind == "grey" else pictures.transpose(0, 3, 1, 2)
+    labels = None if kind == "no labels" else LABELS
+    given = pictures
+    if kind == "tensor":
+        given = torch.from_numpy(expected)
+    elif kind == "pil":
+        given = [Image.fromarray(p) for p in pictures]
+    elif kind == "float":
+        given = expected = (expected / 127.5 - 1).astype(np.float32)
+    bank = gd.Bank.build(Pairs(given, labels))
+    assert np.array_equal(bank.pixels.numpy(), expected)
+    assert bank.labels.tolist() == ([-1] * 6 if labels is None else LABELS.tolist())
+    if kind == "tensor":
+        assert gd.Bank.build(given, labels=torch.from_numpy(LABELS)).fingerprint == bank.fingerprint
+
+
+def test_items_that_differ_are_refused():
+    with pytest.raises(gd.GolddiffError, match="item 1 is"):
+        gd.Bank.build(Pairs([COLOUR[0], COLOUR[1][:2]]))
+
+
+def test_nested_folders(tmp_path):
+    for i, name in enumerate(["ant/black/1.png", "ant/2.png", "bee/a/b/c/3.png"]):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(png(COLOUR[i]))
+    images = gd.open_source(tmp_path)
+    assert list(images.ids) == ["ant/2.png", "ant/black/1.png", "bee/a/b/c/3.png"]
+    assert images.labels.tolist() == [0, 0, 1]
+
+
+def test_flip_adds_mirror_images_after_all():
+    images = gd.open_source(COLOUR, labels=LABELS, flip=True)
+    expected = COLOUR.transpose(0, 3, 1, 2)
+    assert np.array_equal(all_of(images), np.concatenate([expected, expected[..., ::-1]]))
+    assert images.labels.tolist() == [*LABELS, *LABELS]
+    assert images.ids[6] == "0|flip"
+    assert len(gd.open_source(COLOUR, limit=2, flip=True)) == 4
+
+
+def test_skip_broken_leaves_out_and_names_them(tmp_path):
+    for i in range(6):
+        (tmp_path / f"{i}.png").write_bytes(png(COLOUR[i]))
+    (tmp_path / "2.png").write_bytes(png(COLOUR[2])[:-70])
+    (tmp_path / "4.png").write_bytes(b"hello")
+    with pytest.raises(gd.GolddiffError, match=r"2\.png cannot be read"):
+        gd.open_source(tmp_path)
+    images = gd.open_source(tmp_path, skip_broken=True)
+    assert [Path(name).name for name in images.skipped] == ["2.png", "4.png"]
+    assert list(images.ids) == ["0.png", "1.png", "3.png", "5.png"]
+    assert np.array_equal(all_of(images), COLOUR[[0, 1, 3, 5]].transpose(0, 3, 1, 2))
+    assert gd.Bank.build(tmp_path, skip_broken=True).source["skipped"] == list(images.skipped)
+
+
+@pytest.mark.parametrize("kind", ["cmyk", "palette", "one bit", "opaque alpha", "webp", "bmp"])
+def test_other_kinds_of_pictures_are_accepted(tmp_path, kind):
+    picture = Image.fromarray(COLOUR[0])
+    suffix = {"cmyk": "jpg", "webp": "webp", "bmp": "bmp"}.get(kind, "png")
+    modes = {"cmyk": "CMYK", "palette": "P", "one bit": "1", "opaque alpha": "RGBA"}
+    picture = picture.convert(modes[kind]) if kind in modes else picture
+    options = {"lossless": True} if kind == "webp" else {}
+    picture.save(tmp_path / f"a.{suffix}", **options)
+    with Image.open(tmp_path / f"a.{suffix}") as stored:
+        expected = np.asarray(stored.convert("L" if kind == "one bit" else "RGB"))
+    pixels = all_of(gd.open_source(tmp_path))[0]
+    assert np.array_equal(pixels, expected[None] if kind == "one bit" else expected.transpose(2, 0, 1))
+
+
+def test_every_reader_gives_the_same_fingerprint(tmp_path):
+    pictures = RNG.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    planes = pictures.transpose(0, 3, 1, 2)
+    made = {name: tmp_path / name for name in ("folder", "tar", "cifar", "hub")}
+    for path in made.values():
+        path.mkdir()
+    for i, label in enumerate(LABELS):
+        (made["folder"] / f"class{label}").mkdir(exist_ok=True)
+        (made["folder"] / f"class{label}" / f"{i}.png").write_bytes(png(pictures[i]))
+    with tarfile.open(made["tar"] / "train.tar", "w") as archive:
+        for i in range(6):
+            add(archive, f"{i}.png", png(pictures[i]))
+            add(archive, f"{i}.cls", b"%d" % LABELS[i])
+    records = np.concatenate([LABELS[:, None].astype(np.uint8), planes.reshape(6, -1)], axis=1)
+    (made["cifar"] / "data_batch_1.bin").write_bytes(records.tobytes())
+    write_zip(tmp_path / "a.zip", pictures, LABELS)
+    write_parquet(tmp_path / "a.parquet", pictures, LABELS)
+    np.savez(tmp_path / "a.npz", arr_0=pictures, arr_1=LABELS)
+    sources = [
+        *(made[name] for name in ("folder", "tar", "cifar")),
+        *(tmp_path / f"a.{e}" for e in ("zip", "parquet", "npz")),
+    ]
+    banks = [gd.Bank.build(source) for source in sources]
+    banks += [gd.Bank.build(planes, labels=LABELS), gd.Bank.build(Pairs(pictures, LABELS))]
+    assert {bank.fingerprint for bank in banks} == {banks[0].fingerprint}
+    assert all(torch.equal(bank.keys, banks[0].keys) for bank in banks)
+
+
 @pytest.mark.parametrize(
     ("name", "count", "shape"),
     [("mnist", 60000, (1, 28, 28)), ("fashion_mnist", 60000, (1, 28, 28)), ("cifar10", 50000, (3, 32, 32))],
@@ -252,6 +472,31 @@ def broken_file(tmp_path, kind):
     elif kind == "parquet without pictures":
         path = tmp_path / "a.parquet"
         pq.write_table(pa.table({"n": [1, 2]}), path)
+    elif kind == "cut zip":
+        path = tmp_path / "a.zip"
+        write_zip(path, COLOUR)
+        path.write_bytes(path.read_bytes()[:-80])
+    elif kind == "zip without pictures":
+        path = tmp_path / "a.zip"
+        write_zip(path, [])
+    elif kind == "zip with a label missing":
+        path = tmp_path / "a.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.png", png(COLOUR[0]))
+            archive.writestr("dataset.json", json.dumps({"labels": [["b.png", 1]]}))
+    elif kind == "cut tar":
+        path = tmp_path / "a.tar"
+        with tarfile.open(path, "w") as archive:
+            add(archive, "a.png", png(RNG.integers(0, 256, (90, 90, 3), dtype=np.uint8)))
+        path.write_bytes(path.read_bytes()[:9000])
+    elif kind == "tar with a bad label":
+        path = tmp_path / "a.tar"
+        with tarfile.open(path, "w") as archive:
+            add(archive, "a.png", png(COLOUR[0]))
+            add(archive, "a.cls", b"dog")
+    elif kind == "cut cifar":
+        path = tmp_path / "data_batch_1.bin"
+        path.write_bytes(b"x" * 5000)
     elif kind == "other file":
         path = tmp_path / "a.txt"
         path.write_text("x")
@@ -271,7 +516,10 @@ def broken_file(tmp_path, kind):
         ("no pictures in npz", "has the arrays weights"), ("labels too few", "labels of shape"),
         ("nan", "row 3 has NaN"), ("int64", "convert them to uint8"), ("floats to 255", "astype"),
         ("not parquet", "not a readable parquet file"), ("parquet without pictures", "0 columns of picture bytes"),
-        ("other file", "not a kind of file"),
+        ("other file", "not a kind of file"), ("cut zip", "not a readable zip"),
+        ("zip without pictures", "no pictures"),
+        ("zip with a label missing", "no label for a.png"), ("cut tar", "a.tar"), ("tar with a bad label", "no label"),
+        ("cut cifar", "no multiple of 3073"),
     ],
 )  # fmt: skip
 def test_broken_sources_are_refused_with_the_fix(tmp_path, kind, message):
