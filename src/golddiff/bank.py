@@ -22,7 +22,7 @@ from .images import NO_LABEL, open_source
 from .noise import Noise
 from .prepare import BLOCK, FORMAT, cached_path, described, fill, fingerprint, source_name
 from .proxy import Pooling
-from .spectrum import Spectrum, compute_spectrum
+from .spectrum import Rows, Spectrum, compute_spectrum
 
 __all__ = ["Bank"]
 
@@ -135,10 +135,9 @@ class Bank:
             out = cached_path(source, options)
             if (out / META).exists() and not force:
                 return cls.open(out)
-            force = True
-        out = None if out is None else Path(out)
-        if out is not None and out.exists() and not force:
+        elif out is not None and Path(out).exists() and not force:
             raise GolddiffError(f"{out} exists: choose another folder, or give --force to replace it")
+        out = None if out is None else Path(out)
         images = open_source(source, labels=labels, **options)
         stated = {"name": source_name(source) if from_path else "array", **options}
         if out is None:
@@ -148,7 +147,7 @@ class Bank:
                 return arrays.setdefault(name, np.empty(shape, dtype))
 
             return cls(arrays, fill(images, stated, in_memory, progress))
-        with fresh_folder(out) as folder:
+        with fresh_folder(out, replace=force or out.exists()) as folder:
 
             def on_disk(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
                 return np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
@@ -303,7 +302,7 @@ class Bank:
 
         centre = self.centre.cpu()
         largest = float(torch.maximum(centre, 255 - centre).max()) if self.is_uint8 else None
-        return compute_spectrum(blocks, count, centre, self.scale, self.offset, largest)
+        return compute_spectrum(Rows(blocks, count, centre, self.scale, self.offset, largest))
 
     def keep(self, name: str, compute: Callable[[], dict[str, Tensor]], remember: bool = True) -> dict[str, Tensor]:
         """Tensors derived from this bank: from memory, from its folder, or computed and put there.

@@ -37,27 +37,45 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def fresh_folder(out: Path) -> Iterator[Path]:
-    """Gives a folder to fill; it becomes `out` at the end (an older one stays until then)."""
+def fresh_folder(out: Path, replace: bool) -> Iterator[Path]:
+    """Gives a folder to fill; it becomes `out` at the end.
+
+    Arguments:
+        out: where it goes; what is there stays until then.
+        replace: take the place of what is there; if False, what has appeared there meanwhile is kept instead.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     except OSError as error:
         raise GolddiffError(f"{out.parent} cannot be written to ({error.strerror}): choose another folder") from error
-    old = folder.with_name(folder.name + "-old")
     try:
         folder.chmod(0o755)
         yield folder
-        if out.exists():
-            out.rename(old)
-        folder.rename(out)
+        if replace or not out.exists():
+            _take_place(folder, out)
     except OSError as error:
-        raise GolddiffError(
-            f"{out} cannot be written ({error.strerror or error}): make room, or choose another"
-        ) from error
+        raise GolddiffError(f"{out} cannot be written ({error.strerror or error}): make room there") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _take_place(folder: Path, out: Path) -> None:
+    """Renames `folder` to `out`; what was at `out` is removed after that, or comes back if it fails."""
+    if not out.exists():
+        folder.rename(out)
+        return
+    old = folder.with_name(folder.name + "-old")
+    out.rename(old)
+    try:
+        folder.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    if old.is_dir():
         shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink()
 
 
 def hash_file(path: Path) -> str:
