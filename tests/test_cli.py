@@ -119,7 +119,7 @@ def test_bank_build_and_info(tmp_path, capsys):
         (["sample", "digits", "--schedule", "ddmp"], "did you mean 'ddpm'"),
         (["sample", "digits", "--device", "tpu9"], "unknown device"),
         (["sample"], "BANK"),
-        (["bank", "info", "."], "holds no pictures"),
+        (["bank", "info", "."], "no bank yet"),
         (["smaple", "digits"], "smaple"),
     ],
 )

@@ -514,7 +514,7 @@ def broken_file(tmp_path, kind):
         ("lying idx", "announces 2147483648 x 5 x 7 bytes and holds 210"), ("cut gzip", "cannot be read"),
         ("pickle in npy", "not a readable NumPy file"), ("cut npz", "not a readable NumPy file"),
         ("no pictures in npz", "has the arrays weights"), ("labels too few", "labels of shape"),
-        ("nan", "row 3 has NaN"), ("int64", "convert them to uint8"), ("floats to 255", "astype"),
+        ("nan", "row 3 has NaN"), ("int64", "convert them to uint8"), ("floats to 255", "from 0 to 255: bring them"),
         ("not parquet", "not a readable parquet file"), ("parquet without pictures", "0 columns of picture bytes"),
         ("other file", "not a kind of file"), ("cut zip", "not a readable zip"),
         ("zip without pictures", "no pictures"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,6 +29,8 @@ __all__ = ["Bank"]
 
 META = "bank.json"
 DERIVED = "derived"
+DERIVED_FORMAT = 1  # to be raised when a formula of what is derived changes
+KEPT_IN_MEMORY = 4
 ARRAYS = ("pixels", "labels", "ids", "keys", "centre", "norms", "proxy")
 SPECTRUM_AT_BUILD = 4096  # larger D: the spectrum is computed when it is first needed
 
@@ -70,7 +73,7 @@ class Bank:
         self.scale, self.offset = (1 / 127.5, -1.0) if self.is_uint8 else (1.0, 0.0)
         self.pooling = Pooling(self.shape)
         self.bytes_read = 0
-        self._kept: dict[str, dict[str, Tensor]] = {}
+        self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._rows: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -135,8 +138,8 @@ class Bank:
             out = cached_path(source, options)
             if (out / META).exists() and not force:
                 return cls.open(out)
-        elif out is not None and Path(out).exists() and not force:
-            raise GolddiffError(f"{out} exists: choose another folder, or give --force to replace it")
+        elif out is not None:
+            _check_free(Path(out), force)
         out = None if out is None else Path(out)
         images = open_source(source, labels=labels, **options)
         stated = {"name": source_name(source) if from_path else "array", **options}
@@ -150,7 +153,11 @@ class Bank:
         with fresh_folder(out, replace=force or out.exists()) as folder:
 
             def on_disk(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-                return np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
+                array = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
+                if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a crash later
+                    with (folder / f"{name}.npy").open("r+b") as file:
+                        os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
+                return array
 
             meta = fill(images, stated, on_disk, progress)
             meta["hashes"] = {name: hash_file(folder / f"{name}.npy") for name in ARRAYS}
@@ -172,7 +179,10 @@ class Bank:
         try:
             meta = json.loads((path / META).read_text())
             version = meta["format"]
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+            for key, kind in (("arrays", dict), ("classes", list), ("source", dict), ("fingerprint", str)):
+                if version == FORMAT and not isinstance(meta[key], kind):
+                    raise TypeError(f"{key} is no {kind.__name__}")
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise GolddiffError(f"{path / META} is damaged ({error}): build the bank again") from error
         if version != FORMAT:
             raise GolddiffError(f"{path} is a bank of format {version}, this is {FORMAT}: build it again")
@@ -208,7 +218,7 @@ class Bank:
         for name in ARRAYS:
             if hash_file(self.path / f"{name}.npy") != self.meta.get("hashes", {}).get(name):
                 wrong.append(f"{name}.npy: its bytes are not those of the build")
-        if not wrong and self.fingerprint != fingerprint(self.pixels, self.labels):
+        if not wrong and self.fingerprint != fingerprint(self.pixels.cpu(), self.labels.cpu()):
             wrong.append("the fingerprint is not that of the pixels and labels")
         for file in sorted((self.path / DERIVED).glob("*.safetensors")):
             try:
@@ -224,7 +234,7 @@ class Bank:
 
     def to(self, device: str | torch.device) -> Bank:
         """The same bank with its arrays on `device`."""
-        if torch.device(device).type == self.device.type:
+        if torch.device(device) == self.device:
             return self
         arrays = {n: getattr(self, n) if n == "ids" else getattr(self, n).to(device) for n in ARRAYS}
         return Bank(arrays, self.meta, self.path)
@@ -254,7 +264,7 @@ class Bank:
         """`v` of some rows, `(n, D)`, converted in one pass."""
         chosen = self.pixels[rows].flatten(1)
         self.bytes_read += chosen.numel() * chosen.element_size()
-        return torch.sub(chosen, self.centre.to(dtype))
+        return torch.sub(chosen, self.centre.to(dtype)).to(dtype)
 
     def uncentred(self, v: Tensor) -> Tensor:
         """`x = scale * (v + centre) + offset`: from centred rows (or their weighted means) to [-1, 1]."""
@@ -274,8 +284,11 @@ class Bank:
         """
         alpha, sigma = noise.expand(len(x_t)).like(x_t.flatten(1).double())
         origin = (self.centre.double() * self.scale + self.offset).to(x_t.device)
-        q = (x_t.flatten(1).double() - alpha * origin) / sigma
-        return q.to(x_t.dtype), (self.scale * alpha / sigma)[:, 0].to(x_t.dtype)
+        q = ((x_t.flatten(1).double() - alpha * origin) / sigma).to(x_t.dtype)
+        s = (self.scale * alpha / sigma)[:, 0].to(x_t.dtype)
+        if not bool((q.square().sum(1) + (255 * s).square() * self.D).isfinite().all()):
+            raise GolddiffError(f"sigma / alpha is too small or x_t too large for {x_t.dtype}: use float64")
+        return q, s
 
     def distances(self, q: Tensor, s: Tensor, rows: Tensor) -> Tensor:
         """`|q - s v_i|^2` of some rows by differences in float64, `(n,)`, for one image: q `(D,)`, s `()`."""
@@ -310,28 +323,50 @@ class Bank:
         With `remember=False` they are not held in memory (a bank without a folder then forgets them).
         """
         if name in self._kept:
+            self._kept.move_to_end(name)
             return self._kept[name]
         file = self.path / DERIVED / f"{name}.safetensors" if self.path else None
-        if file and file.exists():
-            try:
-                tensors = load_file(file)
-            except (SafetensorError, OSError) as error:
-                raise GolddiffError(f"{file} is damaged ({error}): remove it, it will be made again") from error
-        else:
+        stamp = {"fingerprint": self.fingerprint, "format": str(DERIVED_FORMAT)}
+        tensors = _load_derived(file, stamp) if file and file.exists() else None
+        if tensors is None:
             tensors = {k: t.contiguous() for k, t in compute().items()}
             if file and os.access(file.parent.parent, os.W_OK):
                 file.parent.mkdir(exist_ok=True)
                 with replacing(file) as part:
-                    save_file(tensors, part, metadata={"hash": _hash_tensors(tensors)})
+                    save_file(tensors, part, metadata={**stamp, "hash": _hash_tensors(tensors)})
         if remember:
             self._kept[name] = tensors
+            if len(self._kept) > KEPT_IN_MEMORY:
+                self._kept.popitem(last=False)
         return tensors
+
+
+def _check_free(out: Path, force: bool) -> None:
+    """Refuses a folder that is there, and with `force` one that is no bank."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not force:
+        raise GolddiffError(f"{out} exists: choose another folder, or give --force to replace a bank")
+    if not (out / META).is_file():
+        raise GolddiffError(f"{out} exists and is no bank, so it is not replaced: choose another folder")
 
 
 def _checksum(meta: dict[str, Any]) -> str:
     """Hash of the metadata without the checksum itself."""
     plain = json.dumps({k: v for k, v in meta.items() if k != "checksum"}, sort_keys=True)
     return hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
+
+
+def _load_derived(file: Path, stamp: dict[str, str]) -> dict[str, Tensor] | None:
+    """The tensors of a file, or None if they are of another bank or of another version."""
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+            if any(metadata.get(key) != value for key, value in stamp.items()):
+                return None
+            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise GolddiffError(f"{file} is damaged ({error}): remove it, it will be made again") from error
 
 
 def _hash_tensors(tensors: dict[str, Tensor]) -> str:

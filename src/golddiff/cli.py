@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from click.shell_completion import get_completion_class
 
 from . import __version__
-from .bank import Bank
+from .bank import SPECTRUM_AT_BUILD, Bank
 from .denoise import METHODS
 from .doctor import checks
 from .errors import GolddiffError, unknown
@@ -61,6 +63,7 @@ SOURCE_OPTIONS = (
     click.option("--skip-broken", is_flag=True, help="Leave out pictures that cannot be read, and say which."),
     click.option("--layout", type=_Name("layout", ("NHWC", "NCHW", "NHW")), help="Axes of an array, if unclear."),
 )
+FEW = 32  # golden subsets of fewer rows are worth a note
 BUILDING = ("size", "split", "limit", "flip", "skip_broken", "layout")
 
 
@@ -85,7 +88,7 @@ def bank() -> None:
     """Make, look at and check banks: images prepared for search."""
 
 
-@bank.command("build")
+@bank.command("build", short_help="Build a bank from pictures.")
 @click.argument("source")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the bank (default: the cache).")
 @_source_options
@@ -101,11 +104,11 @@ def bank_build(source: str, out: Path | None, force: bool, **options: Any) -> No
     _describe(built)
 
 
-@bank.command("info")
+@bank.command("info", short_help="Describe a bank, and draw a sheet of it.")
 @click.argument("path", metavar="BANK")
 def bank_info(path: str) -> None:
     """Say what is in a bank, and draw a sheet of its pictures (in the bank's folder)."""
-    held = Bank.build(path, progress=True)
+    held = _built(path)
     _describe(held)
     _statistics(held)
     if held.path and held.shape[0] in (1, 3, 4):
@@ -115,26 +118,28 @@ def bank_info(path: str) -> None:
         click.echo(f"sheet        {sheet}")
 
 
-@bank.command("verify")
+@bank.command("verify", short_help="Check every byte of a bank.")
 @click.argument("path", metavar="BANK")
 def bank_verify(path: str) -> None:
     """Check every byte of a bank against the hashes of its build."""
-    wrong = Bank.build(path).verify()
+    wrong = _built(path).verify()
     if wrong:
         raise GolddiffError(f"{path} is damaged, build it again: {'; '.join(wrong)}")
     click.echo(f"{path}: all is as it was built")
 
 
-@app.command()
+@app.command(short_help="Sample images from a bank.")
 @click.argument("source", metavar="[BANK]", required=False)
 @click.argument("options", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--method", type=_Name("method", METHODS), help="The denoiser.  [default: golddiff]")
 @click.option("--seeds", help="One image for each, as 0-15 or 3,7,20-29.  [default: 0-15]")
 @click.option("--steps", type=int, help="Denoising steps.  [default: 10]")
 @click.option("--schedule", type=_Name("schedule", SCHEDULES), help="Noise levels.  [default: ddpm]")
-@click.option("--sampler", type=_Name("sampler", SAMPLERS), help="How to step.  [default: ddim]")
-@click.option("--label", help="Class, as 3 or cat; of several (3,7), seed s takes number s modulo them.")
-@click.option("--batch", type=int, default=16, show_default=True, help="Images that go together.")
+@click.option(
+    "--sampler", type=_Name("sampler", SAMPLERS), help="How to step; dpm++ needs the extra diffusers.  [default: ddim]"
+)
+@click.option("--label", multiple=True, help="Class, as 3 or cat; of several (3,7), seed s takes number s modulo them.")
+@click.option("--batch", type=int, default=8, show_default=True, help="Images that go together.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder.  [default: runs/BANK-METHOD]")
 @click.option("--save-steps", is_flag=True, help="Keep x_t and mean of every step; draw trajectories.png.")
@@ -157,30 +162,79 @@ def sample(source: str | None, options: tuple[str, ...], **given: Any) -> None:
     settings = read_settings(given["recipe"]) if given["recipe"] else {}
     stated = settings.pop("bank", None)
     settings.pop("format", None)
-    for key in ("method", "seeds", "steps", "schedule", "sampler"):
-        if given[key] is not None:
-            settings[key] = given[key]
-    if given["label"] is not None:
-        settings["labels"] = given["label"]
-    if options:
-        same = settings.get("method") in (None, given["method"]) or given["method"] is None
-        settings["options"] = {**(settings.get("options") or {} if same else {}), **parse_options(options)}
+    if source is None and stated is None:
+        raise GolddiffError("which BANK? Give a path or a known name, as in: golddiff sample mnist5k")
+    _override(settings, given, parse_options(options))
     parse_seeds(settings.get("seeds", DEFAULTS["seeds"]))
     if given["batch"] < 1:
         raise GolddiffError(f"--batch is {given['batch']}: give at least 1")
     device = _device(given["device"])
-    if source is None and stated is None:
-        raise GolddiffError("which BANK? Give a path or a known name, as in: golddiff sample mnist5k")
     building = {key: given[key] for key in BUILDING}
-    held = open_bank(source or stated, **building)
-    if isinstance(stated, dict):
-        check_fingerprint(held, stated.get("fingerprint"))
+    held = _bank_of(source, stated, building)
     recipe, model = Recipe.resolve(held.to(device), settings)
-    name = stated if isinstance(stated, str) else held.path or held.source["name"]
-    out = given["out"] or Path("runs") / f"{Path(source or name).stem}-{recipe.method}"
-    kept = {key: given[key] for key in ("batch", "save_steps", "nearest", "force")}
-    run(model, recipe, out, **kept)
-    click.echo(f"{len(recipe.seeds)} images in {out}: look at {out / 'grid.png'}")
+    out = given["out"] or _default_out(source or stated, held, recipe.method, {**settings, **building})
+    if (
+        source
+        and Path(source).is_dir()
+        and held.path != Path(source)
+        and out.resolve().is_relative_to(Path(source).resolve())
+    ):
+        raise GolddiffError(f"{out} would lie among the pictures of {source}: give --out, elsewhere")
+    _say_what_to_expect(held, recipe, given["skip_broken"])
+    count = run(model, recipe, out, **{key: given[key] for key in ("batch", "save_steps", "nearest", "force")})
+    click.echo(f"{count} images in {out}: look at {out / 'grid.png'}")
+
+
+def _say_what_to_expect(held: Bank, recipe: Recipe, skip_broken: bool) -> None:
+    """Notes on standard error: pictures that were left out, and golden subsets too small to be one."""
+    if skip_broken and held.source.get("skipped"):
+        click.echo(f"golddiff: left out {_listed(held.source['skipped'])}", err=True)
+    k_max = recipe.options.get("k_max", 1.0)
+    rows = round(k_max * len(held)) if isinstance(k_max, float) else k_max
+    if recipe.options.get("retrieval") in ("reference", "paper") and rows < FEW:
+        click.echo(
+            f"golddiff: note: the paper's budgets leave at most {rows} of {len(held)} images to each step, so expect "
+            "copies; for a small bank take all rows, with --method pca",
+            err=True,
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return f"{len(names)} pictures: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+
+
+def _override(settings: dict[str, Any], given: dict[str, Any], options: dict[str, Any]) -> None:
+    """Puts what the command line says in the place of what a recipe says; another method drops the recipe's options."""
+    if given["method"] not in (None, settings.get("method", DEFAULTS["method"])):
+        settings.pop("options", None)
+    for key in ("method", "seeds", "steps", "schedule", "sampler"):
+        if given[key] is not None:
+            settings[key] = given[key]
+    if given["label"]:
+        settings["labels"] = ",".join(given["label"])
+    kept = settings.get("options") or {}
+    if options and isinstance(kept, dict):
+        settings["options"] = {**kept, **options}
+
+
+def _bank_of(source: str | None, stated: Any, building: dict[str, Any]) -> Bank:
+    """The bank that the command line names, or the recipe; with the fingerprint that the recipe wants."""
+    said = [f"--{key.replace('_', '-')}" for key, value in building.items() if value and value != "train"]
+    if source is None and isinstance(stated, dict) and said:
+        raise GolddiffError(f"the recipe says how its bank is made: leave {', '.join(said)} out, or name a bank")
+    held = open_bank(source or stated, **(building if source or isinstance(stated, str) else {}))
+    return check_fingerprint(held, stated.get("fingerprint")) if isinstance(stated, dict) else held
+
+
+def _default_out(named: Any, held: Bank, method: str, chosen: dict[str, Any]) -> Path:
+    """`runs/BANK-METHOD`, and a short hash of what is not at its default, so that other settings are another folder."""
+    stored = held.source["name"] if held.source["name"] != "array" else str(held.path)
+    name = named if isinstance(named, str) else stored
+    usual = {**DEFAULTS, "split": "train"}
+    keys = ("options", "steps", "schedule", "sampler", "labels", *BUILDING)
+    unusual = {key: chosen[key] for key in keys if chosen.get(key) and chosen[key] != usual.get(key)}
+    digest = hashlib.blake2b(json.dumps(unusual, sort_keys=True, default=str).encode(), digest_size=3).hexdigest()
+    return Path("runs") / (f"{Path(name).resolve().stem}-{method}" + (f"-{digest}" if unusual else ""))
 
 
 @app.command()
@@ -190,7 +244,7 @@ def doctor() -> None:
         click.echo(f"{what:18} {found}")
 
 
-@app.command()
+@app.command(short_help="Print a script that completes commands.")
 @click.argument("shell", type=_Name("shell", ("bash", "zsh", "fish")))
 def completion(shell: str) -> None:
     """Print a completion script for SHELL, as in: eval "$(golddiff completion bash)"."""
@@ -214,6 +268,13 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _built(path: str) -> Bank:
+    """A built bank, or that of a known name."""
+    if Path(path).exists() and not (Path(path) / "bank.json").exists():
+        raise GolddiffError(f"{path} is no bank yet: make one with golddiff bank build {path} --out FOLDER")
+    return Bank.build(path, progress=True)
+
+
 def _describe(held: Bank) -> None:
     c, h, w = held.shape
     values, counts = held.labels[held.labels >= 0].unique(return_counts=True)
@@ -226,13 +287,17 @@ def _describe(held: Bank) -> None:
         click.echo(f"classes      {', '.join(held.classes[:10])}{', ...' if len(held.classes) > 10 else ''}")
     click.echo(f"source       {', '.join(said)}")
     if held.source.get("skipped"):
-        click.echo(f"skipped      {len(held.source['skipped'])}: {', '.join(held.source['skipped'][:5])}")
+        click.echo(f"left out     {_listed(held.source['skipped'])}")
     click.echo(f"fingerprint  {held.fingerprint}")
-    click.echo(f"size         {size / 2**20:.1f} MiB mapped")
+    derived = sum(p.stat().st_size for p in held.path.glob("derived/*")) if held.path else 0
+    click.echo(f"size         {size / 2**20:.1f} MiB mapped, {derived / 2**20:.1f} MiB derived (spectrum, masks)")
     click.echo(f"folder       {held.path}")
 
 
 def _statistics(held: Bank) -> None:
+    if held.D > SPECTRUM_AT_BUILD:
+        click.echo("spectrum     not computed for images of this size until a method needs it")
+        return
     spectrum = held.spectrum()
     power = spectrum.eigenvalues.flip(0)
     share = power.cumsum(0) / power.sum().clamp(min=1e-300)
@@ -257,8 +322,8 @@ def main() -> None:
     except click.ClickException as error:
         click.echo(f"golddiff: {' '.join(error.format_message().split())}", err=True)
         sys.exit(2)
-    except GolddiffError as error:
-        click.echo(f"golddiff: {error}", err=True)
+    except (GolddiffError, OSError) as error:
+        click.echo(f"golddiff: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         click.echo("golddiff: stopped; what is finished is kept, and the same command goes on from there", err=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ def cache_folder() -> Path:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives another name to write to; it becomes `path` at the end, and is removed if anything fails."""
-    part = path.with_name(f".{os.getpid()}-{path.name}")
+    part = path.with_name(f".{secrets.token_hex(4)}-{path.name}")
     try:
         yield part
         part.replace(path)
@@ -42,7 +44,7 @@ def fresh_folder(out: Path, replace: bool) -> Iterator[Path]:
 
     Arguments:
         out: where it goes; what is there stays until then.
-        replace: take the place of what is there; if False, what has appeared there meanwhile is kept instead.
+        replace: take the place of what is there; if False, what has appeared there meanwhile is kept.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +57,8 @@ def fresh_folder(out: Path, replace: bool) -> Iterator[Path]:
         if replace or not out.exists():
             _take_place(folder, out)
     except OSError as error:
+        if not replace and out.exists() and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return
         raise GolddiffError(f"{out} cannot be written ({error.strerror or error}): make room there") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -69,7 +73,7 @@ def _take_place(folder: Path, out: Path) -> None:
     out.rename(old)
     try:
         folder.rename(out)
-    except OSError:
+    except BaseException:
         old.rename(out)
         raise
     if old.is_dir():

@@ -42,7 +42,7 @@ class Support:
     def rows_of(self, b: int) -> Tensor:
         """The rows of image b, `(K,)`, without padding."""
         if self.rows is None:
-            return torch.arange(int(self.eligible[b]))
+            return torch.arange(int(self.eligible[b]), device=self.eligible.device)
         rows = self.rows[b, 0]
         return rows[rows != PADDING]
 
@@ -66,13 +66,13 @@ class Support:
         if len(parts) == 1:
             return parts[0]
         batch = sum(len(i) for i in items)
-        eligible = torch.empty(batch, dtype=torch.int64)
+        eligible = torch.empty(batch, dtype=torch.int64, device=parts[0].eligible.device)
         for part, where in zip(parts, items, strict=True):
             eligible[where] = part.eligible
         if all(part.rows is None for part in parts):
             return Support(None, None, None, eligible, shared=True)
         lists = {int(i): p.rows_of(j) for p, w in zip(parts, items, strict=True) for j, i in enumerate(w)}
-        rows = torch.full((batch, 1, max(map(len, lists.values()))), PADDING)
+        rows = torch.full((batch, 1, max(map(len, lists.values()))), PADDING, device=eligible.device)
         for i, chosen in lists.items():
             rows[i, 0, : len(chosen)] = chosen
         return Support(rows, None, None, eligible, shared=False)
@@ -106,7 +106,7 @@ class Everything(Subset):
     def select(self, x_t: Tensor, noise: Noise, locality: Locality, eligible: Tensor | None, seed: Tensor) -> Support:
         count = len(self.bank) if eligible is None else len(eligible)
         rows = None if eligible is None else eligible.expand(len(x_t), 1, -1)
-        return Support(rows, None, None, torch.full((len(x_t),), count), shared=True)
+        return Support(rows, None, None, torch.full((len(x_t),), count, device=x_t.device), shared=True)
 
 
 @dataclass(frozen=True)
@@ -182,16 +182,17 @@ class GoldenSubset(Subset):
         m, k = self.budget.sizes(noise if noise.alpha.ndim == 0 else noise[0], len(rows))
         q, s = self.bank.query(x_t, noise)
         proxies = _ProxyScan(self.bank, q, s, None if eligible is None else eligible)
+        keys = self.bank.keys[rows]
         chosen = []
         for b in range(len(x_t)):
             if self.retrieval == "reference":
-                keys = self.bank.keys[rows]
                 pool = draw(keys, m, int(seed[b]), int(noise.angle.reshape(-1)[0]))
                 candidates = proxies.nearest(b, pool, self.budget.rows(len(rows))[1])
             else:
                 candidates = proxies.nearest(b, None, m)
             chosen.append(nearest_rows(self.bank, q[b], s[b], rows[candidates], k))
-        return Support(torch.stack(chosen)[:, None], None, None, torch.full((len(x_t),), len(rows)), shared=False)
+        eligible_count = torch.full((len(x_t),), len(rows), device=x_t.device)
+        return Support(torch.stack(chosen)[:, None], None, None, eligible_count, shared=False)
 
 
 class _ProxyScan:
@@ -221,8 +222,11 @@ class _ProxyScan:
         def row(i: Tensor) -> Tensor:
             return position(i) if self.eligible is None else self.eligible[position(i)]
 
+        def exact(i: Tensor) -> Tensor:
+            rows = (self.bank.proxy[row(part)].double() for part in i.split(8192))
+            return torch.cat([(self.q[b] - self.s[b] * p).square_().sum(1) for p in rows])
+
         scores = self.scores[b] if among is None else self.scores[b, among]
-        exact = lambda i: (self.q[b] - self.s[b] * self.bank.proxy[row(i)].double()).square().sum(1)  # noqa: E731
         return position(smallest(scores, count, float(self.tolerance[b]), exact, lambda i: self.bank.keys[row(i)]))
 
 

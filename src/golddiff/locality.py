@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from .noise import Noise
 __all__ = ["MASK_RULES", "GivenMask", "Locality", "Masked", "PCAMask", "WholeImage"]
 
 MASK_RULES = ("output", "correlation", "published")
-KEPT_IN_MEMORY = 32
+BYTES_IN_MEMORY = 2**28
 
 
 class Locality(abc.ABC):
@@ -58,6 +58,8 @@ class GivenMask(Masked):
     def __init__(self, mask: Any, size: int) -> None:
         self._mask: Callable[[Noise], Any] = mask if callable(mask) else lambda noise: mask
         self._size = size
+        if isinstance(mask, str | int | float):
+            raise GolddiffError(f"mask is {mask!r}: give a ({size}, {size}) boolean array, or a callable of Noise")
         if not callable(mask):
             self.mask(Noise(1.0, 1.0))
 
@@ -98,8 +100,8 @@ class PCAMask(Masked):
     def __init__(self, bank: Bank, threshold: float = 0.02, rule: str = "output", statistics: str = "bank") -> None:
         if rule not in MASK_RULES:
             raise unknown("mask_rule", rule, MASK_RULES)
-        if not 0 <= threshold <= 1:
-            raise GolddiffError(f"threshold is {threshold}: give a number from 0 to 1")
+        if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 <= threshold <= 1:
+            raise GolddiffError(f"threshold is {threshold!r}: give a number from 0 to 1")
         self.bank, self.threshold, self.rule, self.statistics = bank, threshold, rule, statistics
         self._recent: OrderedDict[str, Tensor] = OrderedDict()
 
@@ -107,43 +109,53 @@ class PCAMask(Masked):
         label = label if self.statistics == "class" else None
         what = f"{self.rule} {self.threshold!r} {label} {int(noise.angle)}"
         name = "mask-" + hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
-        if name in self._recent:
-            self._recent.move_to_end(name)
-            return self._recent[name]
+        kept = self._recent.pop(name, None)
+        if kept is None:
+            kept = self._compute(name, noise, label)
+        self._recent[name] = kept
+        while len(self._recent) > 1 and sum(t.nbytes for t in self._recent.values()) > BYTES_IN_MEMORY:
+            self._recent.popitem(last=False)
+        return kept if kept.is_floating_point() else _unpack(kept, self.bank.D)
+
+    def _compute(self, name: str, noise: Noise, label: int | None) -> Tensor:
+        """The mask, bit-packed and kept with the bank; or the ratios themselves, float."""
         compute = self._published if self.rule == "published" else self._stable
         if self.rule == "published" and self.threshold == 0:
-            mask = compute(noise, label)
-        else:
-            packed = self.bank.keep(name, lambda: {"bits": _pack(compute(noise, label))}, remember=False)
-            mask = _unpack(packed["bits"], self.bank.D)
-        self._recent[name] = mask
-        if len(self._recent) > KEPT_IN_MEMORY:
-            self._recent.popitem(last=False)
-        return mask
+            return compute(noise, label)
+        return self.bank.keep(name, lambda: {"bits": _pack(compute(noise, label))}, remember=False)["bits"]
 
     def _stable(self, noise: Noise, label: int | None) -> Tensor:
         spectrum = self.bank.spectrum(label)
-        alpha, sigma = float(noise.alpha), float(noise.sigma)
         # without alpha^2, a common factor that these rules do not see: so alpha = 0 has its limit, C itself
         power = spectrum.eigenvalues
-        w = spectrum.filtered(power / (alpha**2 * power + sigma**2))
-        own = w.diagonal().clamp(min=0)
-        scale = own[None] if self.rule == "output" else torch.outer(own.sqrt(), own.sqrt())
-        mask = w.abs() >= self.threshold * scale
-        mask &= torch.outer(spectrum.varying, spectrum.varying)
+        gains = power / (float(noise.alpha) ** 2 * power + float(noise.sigma) ** 2)
+        own = spectrum.diagonal(gains)
+        varying = spectrum.varying
+        mask = torch.empty(self.bank.D, self.bank.D, dtype=torch.bool)
+        for part, w in spectrum.columns(gains):
+            scale = own[part] if self.rule == "output" else own.sqrt()[:, None] * own[part].sqrt()
+            mask[:, part] = (w.abs_() >= self.threshold * scale) & varying[:, None] & varying[part]
         return mask.fill_diagonal_(True)
 
     def _published(self, noise: Noise, label: int | None) -> Tensor:
         spectrum = self.bank.spectrum(label)
         power = float(noise.alpha) ** 2 * spectrum.eigenvalues
-        w = spectrum.filtered(power / (power + float(noise.sigma) ** 2))
-        own = w.diagonal().clone()
+        gains = power / (power + float(noise.sigma) ** 2)
+        own = spectrum.diagonal(gains)
         own = torch.where(own.abs() < 1e-6, 1.0, own)
-        w.diagonal().copy_(own)
-        ratio = w / own[:, None]
+
+        def ratios() -> Iterator[tuple[slice, Tensor]]:
+            for part, w in spectrum.columns(gains):
+                w[part].diagonal().copy_(own[part])
+                yield part, w / own[:, None]
+
         if self.threshold == 0:
-            return ratio
-        return ratio.abs() >= self.threshold * ratio.abs().max()
+            return torch.cat([ratio for _, ratio in ratios()], dim=1)
+        largest = max(float(ratio.abs().max()) for _, ratio in ratios())
+        mask = torch.empty(self.bank.D, self.bank.D, dtype=torch.bool)
+        for part, ratio in ratios():
+            mask[:, part] = ratio.abs() >= self.threshold * largest
+        return mask
 
 
 def _pack(mask: Tensor) -> Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .errors import GolddiffError
-from .golden import Support
+from .golden import Support, hashed
 from .noise import Noise
 
 __all__ = ["Posterior", "RunningSoftmax", "softmax_of_rows"]
@@ -18,7 +18,7 @@ __all__ = ["Posterior", "RunningSoftmax", "softmax_of_rows"]
 Weigh = Callable[[int, Tensor | None], tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Posterior:
     r"""The posterior of the clean image given `x_t`, over the rows of a bank.
 
@@ -40,6 +40,11 @@ class Posterior:
     x_t: Tensor
     noise: Noise
     _weigh: Weigh | None = None
+    _keys: Tensor | None = None
+
+    def __repr__(self) -> str:
+        rows = "" if self.ess is None else f", ess {float(self.ess.mean()):.1f} on average"
+        return f"Posterior of {len(self.mean)} images {tuple(self.mean.shape[1:])}{rows}"
 
     def weights(self, b: int, pixels: Tensor | list[int] | None = None) -> tuple[Tensor, Tensor]:
         """Rows and weights of image b, computed when asked for.
@@ -75,15 +80,23 @@ class Posterior:
         size = self.x_t[0].numel()
         return self.log_evidence - size / 2 * torch.log(2 * math.pi * self.noise.sigma.to(self.x_t.device) ** 2)
 
-    def draw(self, seed: int = 0) -> Tensor:
-        """One row for each image, drawn from the posterior over whole images, `(B,)`."""
-        if self.log_evidence.ndim > 1:
-            raise GolddiffError("a local denoiser has no posterior over whole images: use optimal")
-        generator = torch.Generator().manual_seed(seed)
+    def draw(self, seed: int | Sequence[int] | Tensor = 0) -> Tensor:
+        """One row for each image, drawn from the posterior over whole images, `(B,)`.
+
+        The draw is a function of seed, noise level and row keys, so it does not depend on the rest of the batch.
+
+        Arguments:
+            seed: one for all or `(B,)`.
+        """
+        if self.log_evidence.ndim > 1 or self._keys is None:
+            raise GolddiffError("this denoiser has no posterior over whole images: use optimal")
+        seeds = torch.as_tensor(seed).long().expand(len(self.mean))
         out = []
-        for b in range(len(self.mean)):
+        for b, level in enumerate(self.noise.expand(len(self.mean)).angle):
             rows, weights = self.weights(b)
-            out.append(rows[torch.multinomial(weights.cpu(), 1, generator=generator)[0]])
+            salt = hashed(hashed(seeds[b].cpu()) ^ ~level).to(rows.device)
+            uniform = ((hashed(self._keys[rows] ^ salt) >> 11 & (2**53 - 1)).double() + 0.5) / 2**53
+            out.append(rows[(weights.double().log() - (-uniform.log()).log()).argmax()])
         return torch.stack(out)
 
     @staticmethod
@@ -111,6 +124,7 @@ class Posterior:
             x_t=x_t,
             noise=noise,
             _weigh=weigh if parts[0]._weigh else None,
+            _keys=parts[0]._keys,
         )
 
 

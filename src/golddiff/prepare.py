@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,10 @@ def cached_path(source: str | Path, options: dict[str, Any]) -> Path:
     found = find_source(source)
     signature: list[Any] = [FORMAT, str(found) if isinstance(found, str) else str(found.resolve()), options]
     if isinstance(found, Path):
-        files = [found] if found.is_file() else sorted(p for p in found.rglob("*") if p.is_file())
-        signature += [(str(p.relative_to(found)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        # with a single file come those that belong to it: labels of IDX files, names of classes
+        beside = [p for ending in ("*ubyte*", "*.txt") for p in found.parent.glob(ending)]
+        files = [found, *sorted(beside)] if found.is_file() else sorted(p for p in found.rglob("*") if p.is_file())
+        signature += [(os.fsencode(p).hex(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     digest = hashlib.blake2b(json.dumps(signature).encode(), digest_size=6).hexdigest()
     return cache_folder() / "banks" / f"{Path(str(found)).stem}-{digest}"
 
@@ -47,7 +50,7 @@ def fill(images: Images, source: dict[str, Any], create: Callable[..., np.ndarra
     pixels = create("pixels", (count, *images.shape), images.dtype)
     labels = create("labels", (count,), np.int64)
     labels[:] = images.labels
-    names = np.array([name.encode() for name in images.ids])
+    names = np.array([name.encode(errors="surrogateescape") for name in images.ids])
     ids = create("ids", names.shape, names.dtype)
     ids[:] = names
     digests = np.empty((count, 2), dtype=np.int64)

@@ -16,7 +16,7 @@ from .errors import GolddiffError, unknown
 from .files import replacing
 from .images import NO_LABEL
 from .noise import SCHEDULES
-from .sample import SAMPLERS
+from .sample import SAMPLERS, sampler_named
 
 __all__ = ["DEFAULTS", "Recipe", "parse_options", "parse_seeds", "read_settings"]
 
@@ -66,7 +66,7 @@ class Recipe:
         """
         chosen = {**DEFAULTS, **settings}
         for key, known in (("method", METHODS), ("schedule", SCHEDULES), ("sampler", SAMPLERS)):
-            if chosen[key] not in known:
+            if not isinstance(chosen[key], str) or chosen[key] not in known:
                 raise unknown(key, chosen[key], known)
         if not isinstance(chosen["options"], dict):
             raise GolddiffError(f"options is {chosen['options']!r}: write them as names and values")
@@ -76,7 +76,7 @@ class Recipe:
         steps = chosen["steps"]
         if not isinstance(steps, int) or isinstance(steps, bool):
             raise GolddiffError(f"steps is {steps!r}: give a whole number")
-        SCHEDULES[chosen["schedule"]]().levels(steps)
+        sampler_named(chosen["sampler"]).check(SCHEDULES[chosen["schedule"]]().levels(steps))
         known_bank = {**bank.source, "path": str(bank.path.resolve()) if bank.path else None}
         recipe = Recipe(
             bank={**known_bank, "fingerprint": bank.fingerprint},
@@ -187,14 +187,14 @@ def parse_seeds(seeds: Any) -> list[int]:
 
 
 def parse_labels(labels: Any, bank: Bank) -> list[int]:
-    """`"3,7"`, names of classes, or a list of either -> labels that the bank has."""
+    """`"3,7"` or names of classes -> labels that the bank has. In text, names go before numbers."""
     parts = labels.split(",") if isinstance(labels, str) else [labels] if isinstance(labels, int) else labels
     numbers: list[int] = []
-    for part in _items(parts or [], GolddiffError(f"labels {labels!r}: write them as 3 or 3,7")):
+    for part in _items([] if parts is None else parts, GolddiffError(f"labels {labels!r}: write them as 3 or 3,7")):
         text = str(part).strip()
-        if text in bank.classes and not text.lstrip("-").isdecimal():
+        if isinstance(part, str) and text in bank.classes:
             numbers.append(bank.classes.index(text))
-        elif text.lstrip("-").isdecimal():
+        elif type(part) is int or text.removeprefix("-").isdecimal():
             numbers.append(int(text))
         else:
             listed = ", ".join(bank.classes[:12]) or "none, only numbers"

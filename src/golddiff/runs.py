@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import resource
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ __all__ = ["peak_memory", "run"]
 
 RECIPE, METRICS = "recipe.json", "metrics.json"
 SHOWN = 8  # trajectories and neighbours are shown for so many images
+IN_GRID = 144
+OURS = re.compile(r"seed\d{6,}(-steps\.npz|\.png)")
 
 
 def run(
@@ -38,16 +41,16 @@ def run(
     recipe: Recipe,
     out: Path,
     *,
-    batch: int = 16,
+    batch: int = 8,
     save_steps: bool = False,
     nearest: int = 0,
     force: bool = False,
-) -> Path:
+) -> int:
     """Samples the seeds of a recipe into a folder; seeds that are finished there are kept.
 
-    The folder gets `seed000003.png` for each seed, `grid.png`, `samples.npz` (`arr_0`, uint8 NHWC, in the order of
-    the seeds), `recipe.json` and `metrics.json`. A run that is stopped keeps what is finished, and goes on from there
-    when it is called again.
+    The folder gets `seed000003.png` for each seed, `grid.png` (the first 144), `samples.npz` (`arr_0`, uint8 NHWC, and
+    `seeds`), `recipe.json` and `metrics.json` (of the images that this call made). A run that is stopped keeps what is
+    finished, and goes on from there when it is called again.
 
     Arguments:
         denoiser, recipe: from `Recipe.resolve`.
@@ -58,6 +61,9 @@ def run(
             ones in `trajectories.png`.
         nearest: show the first images beside their so many nearest training images, in `nearest.png`.
         force: start again in a folder that holds something else.
+
+    Returns:
+        how many images the folder holds now.
 
     Raises:
         GolddiffError: `out` holds something else, and `force` is not given.
@@ -74,18 +80,19 @@ def run(
     try:
         with tqdm(total=sum(map(len, todo)) * recipe.steps, desc=recipe.method, unit="step", disable=None) as bar:
             for seeds in todo:
-                steps: list[Step] = []
+                kept = []
                 for step in meter.timed(_trajectory(denoiser, recipe, seeds)):
-                    steps = [*steps, step] if save_steps else [step]
+                    if save_steps:
+                        kept.append(_Kept.of(step))
                     bar.update(len(seeds))
-                folder.add(seeds, steps)
+                folder.add(seeds, to_uint8(step.posterior.mean), kept)
     finally:
         folder.summarise(whole)
         if meter.images:
             folder.save_json(METRICS, meter.summary(batch))
     if nearest:
         save_png(_neighbours(denoiser.bank, folder, recipe.seeds[:SHOWN], nearest), out / "nearest.png")
-    return out
+    return sum(folder.picture(seed).exists() for seed in whole.seeds)
 
 
 def _trajectory(denoiser: Denoiser, recipe: Recipe, seeds: list[int]) -> Any:
@@ -97,6 +104,21 @@ def _trajectory(denoiser: Denoiser, recipe: Recipe, seeds: list[int]) -> Any:
         sampler=sampler_named(recipe.sampler),
         labels=[recipe.label_of(seed) for seed in seeds],
     )
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What is kept of a step: arrays `(B, C, H, W)` float32, and the scale that brings `x_t` to unit variance."""
+
+    time: float
+    scale: float
+    x_t: np.ndarray
+    mean: np.ndarray
+
+    @staticmethod
+    def of(step: Step) -> _Kept:
+        x_t, mean = (t.float().cpu().numpy() for t in (step.x_t, step.posterior.mean))
+        return _Kept(step.time, float(torch.hypot(step.noise.alpha, step.noise.sigma)), x_t, mean)
 
 
 class _RunFolder:
@@ -117,16 +139,17 @@ class _RunFolder:
     def claim(self, recipe: Recipe, force: bool) -> Recipe:
         """Makes the folder and writes the recipe (with the seeds that are there already); refuses another's folder."""
         file = self.path / RECIPE
-        if self.path.exists() and not force:
+        if self.path.exists():
             if not self.path.is_dir() or (any(self.path.iterdir()) and not file.exists()):
-                raise GolddiffError(f"{self.path} exists and is no run folder: choose another --out, or give --force")
-            if file.exists():
+                raise GolddiffError(f"{self.path} exists and is no run folder: choose another --out")
+            if file.exists() and not force:
                 recipe = self._continued(recipe, file)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if force:
-                for old in self.path.glob("seed*"):
-                    old.unlink()
+                for old in self.path.iterdir():
+                    if OURS.fullmatch(old.name):
+                        old.unlink()
                 for name in (METRICS, "grid.png", "samples.npz", "trajectories.png", "nearest.png"):
                     (self.path / name).unlink(missing_ok=True)
         except OSError as error:
@@ -147,36 +170,40 @@ class _RunFolder:
         wanted = set(recipe.seeds)
         return replace(recipe, seeds=[*recipe.seeds, *(s for s in earlier if s not in wanted)])
 
-    def add(self, seeds: list[int], steps: list[Step]) -> None:
+    def add(self, seeds: list[int], pictures: np.ndarray, steps: list[_Kept]) -> None:
         """Writes the images of a batch that are not there yet."""
-        for i, (seed, picture) in enumerate(zip(seeds, to_uint8(steps[-1].posterior.mean), strict=True)):
+        for i, (seed, picture) in enumerate(zip(seeds, pictures, strict=True)):
             if self.finished(seed):
                 continue
             if self.save_steps:
-                x_t, mean = ([t[i].float().cpu().numpy() for t in ts] for ts in zip(*map(_pair, steps), strict=True))
-                scale = [float(torch.hypot(step.noise.alpha, step.noise.sigma)) for step in steps]
-                times = [step.time for step in steps]
-                self.save_npz(self.steps(seed), x_t=np.stack(x_t), mean=np.stack(mean), scale=scale, time=times)
+                x_t, mean = np.stack([k.x_t[i] for k in steps]), np.stack([k.mean[i] for k in steps])
+                scale, times = [k.scale for k in steps], [k.time for k in steps]
+                self.save_npz(self.steps(seed), x_t=x_t, mean=mean, scale=scale, time=times)
             save_png(picture, self.picture(seed))
 
     def summarise(self, recipe: Recipe) -> None:
-        """`samples.npz`, `grid.png` and `trajectories.png` of the seeds that are finished."""
-        done = [seed for seed in recipe.seeds if self.finished(seed)]
+        """`samples.npz`, `grid.png` and `trajectories.png` of the seeds that are there."""
+        done = [seed for seed in recipe.seeds if self.picture(seed).exists()]
         if not done:
             return
         pictures = self.read(done)
-        self.save_npz(self.path / "samples.npz", arr_0=pictures)
-        save_png(grid(pictures), self.path / "grid.png")
-        if self.save_steps:
-            save_png(self._strips(done[:SHOWN]), self.path / "trajectories.png")
+        self.save_npz(self.path / "samples.npz", arr_0=pictures, seeds=np.array(done))
+        save_png(grid(pictures[:IN_GRID]), self.path / "grid.png")
+        if followed := [seed for seed in done if self.steps(seed).exists()]:
+            save_png(self._strips(followed[:SHOWN]), self.path / "trajectories.png")
 
     def read(self, seeds: list[int]) -> np.ndarray:
         """The pictures of seeds, `(N, H, W, C)` uint8."""
         arrays = []
         for seed in seeds:
-            with Image.open(self.picture(seed)) as image:
-                array = np.asarray(image)
+            try:
+                with Image.open(self.picture(seed)) as image:
+                    array = np.asarray(image)
+            except (OSError, SyntaxError, ValueError) as error:
+                raise GolddiffError(f"{self.picture(seed)} is damaged: remove it, and it is made again") from error
             arrays.append(array[:, :, None] if array.ndim == 2 else array)
+            if arrays[-1].shape != arrays[0].shape:
+                raise GolddiffError(f"{self.picture(seed)} is of another size: remove it, and it is made again")
         return np.stack(arrays)
 
     def _strips(self, seeds: list[int]) -> Image.Image:
@@ -186,7 +213,7 @@ class _RunFolder:
             with np.load(self.steps(seed)) as kept:
                 scaled = kept["x_t"] / kept["scale"][:, None, None, None]
                 pictures += [to_uint8(torch.from_numpy(scaled)), to_uint8(torch.from_numpy(kept["mean"]))]
-                heads = [f"{time:.4g}" for time in kept["time"]]
+                heads = [f"time {time:.4g}" for time in kept["time"]]
             labels += [f"seed {seed}: x_t", "mean"]
         return grid(np.concatenate(pictures), len(heads), rows=labels, heads=heads)
 
@@ -197,10 +224,6 @@ class _RunFolder:
     def save_json(self, name: str, content: dict[str, Any]) -> None:
         with replacing(self.path / name) as part:
             part.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _pair(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-    return step.x_t, step.posterior.mean
 
 
 def _neighbours(bank: Bank, folder: _RunFolder, seeds: list[int], count: int) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .denoise import Denoiser
+from .denoise import Denoiser, per_image
 from .errors import GolddiffError, unknown
 from .golden import hashed
 from .images import NO_LABEL
@@ -56,6 +57,9 @@ class Step:
 
 class Sampler(abc.ABC):
     """Follows a denoiser through a list of noise levels."""
+
+    def check(self, levels: list[tuple[float, Noise]]) -> None:  # noqa: B027 - most samplers take any levels
+        """Refuses levels that this sampler cannot follow, before any work."""
 
     @abc.abstractmethod
     def steps(
@@ -156,9 +160,10 @@ class DPMSolver(Sampler):
     It knows the levels of `DDPM` only.
     """
 
-    def steps(
-        self, denoise: Denoise, x_t: Tensor, levels: list[tuple[float, Noise]], seeds: Sequence[int]
-    ) -> Iterator[Step]:
+    def check(self, levels: list[tuple[float, Noise]]) -> None:
+        self._scheduler(levels)
+
+    def _scheduler(self, levels: list[tuple[float, Noise]]) -> Any:
         try:
             from diffusers import DPMSolverMultistepScheduler
         except ImportError as error:
@@ -168,6 +173,12 @@ class DPMSolver(Sampler):
             known = time == int(time) and 0 <= time < len(solver.alphas_cumprod)
             if not known or abs(float(solver.alphas_cumprod[int(time)]) - float(noise.alpha) ** 2) > 1e-6:
                 raise GolddiffError("dpm++ goes with the schedule ddpm: choose that, or ddim or heun")
+        return solver
+
+    def steps(
+        self, denoise: Denoise, x_t: Tensor, levels: list[tuple[float, Noise]], seeds: Sequence[int]
+    ) -> Iterator[Step]:
+        solver = self._scheduler(levels)
         solver.set_timesteps(timesteps=[int(time) for time, _ in levels])
         for i, time, noise, _ in _pairs(levels):
             posterior = denoise(x_t, noise)
@@ -218,7 +229,7 @@ def trajectory(
     steps: int = 10,
     schedule: Schedule | None = None,
     sampler: Sampler | None = None,
-    labels: int | Sequence[int] | None = None,
+    labels: int | Sequence[int] | Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Step]:
     """Samples a batch, step by step.
@@ -237,6 +248,7 @@ def trajectory(
     seeds = _checked_seeds(seeds)
     schedule, sampler = schedule or DDPM(), sampler or DDIM()
     levels = schedule.levels(steps)
+    sampler.check(levels)
     x = initial_noise(seeds, denoiser.bank.shape, dtype).to(denoiser.bank.device) * schedule.init_noise_sigma
     return sampler.steps(lambda x_t, noise: denoiser(x_t, noise, labels, seed=seeds), x, levels, seeds)
 
@@ -248,7 +260,7 @@ def sample(
     steps: int = 10,
     schedule: Schedule | None = None,
     sampler: Sampler | None = None,
-    labels: int | Sequence[int] | None = None,
+    labels: int | Sequence[int] | Tensor | None = None,
     batch: int = 16,
     dtype: torch.dtype = torch.float32,
     progress: bool = False,
@@ -262,11 +274,7 @@ def sample(
     seeds = _checked_seeds(seeds)
     if batch < 1:
         raise GolddiffError(f"batch is {batch}: give at least 1")
-    each = (
-        [NO_LABEL if labels is None else labels] * len(seeds) if labels is None or isinstance(labels, int) else labels
-    )
-    if len(each) != len(seeds):
-        raise GolddiffError(f"{len(each)} labels for {len(seeds)} seeds: give one, or one for each")
+    each = per_image(NO_LABEL if labels is None else labels, len(seeds), "labels").tolist()
     out = []
     with tqdm(total=len(seeds) * steps, desc="sampling", unit="step", disable=None if progress else True) as bar:
         for start in range(0, len(seeds), batch):
@@ -286,7 +294,10 @@ def sample(
 
 
 def _checked_seeds(seeds: Sequence[int]) -> list[int]:
-    listed = [int(s) for s in seeds]
+    try:
+        listed = [operator.index(s) for s in seeds]
+    except TypeError as error:
+        raise GolddiffError(f"seeds must be whole numbers in a list or range: {error}") from error
     if not listed:
         raise GolddiffError("there are no seeds: give at least one")
     if min(listed) < 0 or max(listed) >= 2**63:

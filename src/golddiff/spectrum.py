@@ -30,14 +30,25 @@ class Spectrum:
     eigenvalues: Tensor
     eigenvectors: Tensor
 
+    def to(self, device: torch.device) -> Spectrum:
+        """The same on a device."""
+        return Spectrum(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
     @property
     def varying(self) -> Tensor:
         """`(D,)` bool: the pixels that are not constant."""
         return self.variances > 0
 
-    def filtered(self, gains: Tensor) -> Tensor:
-        """`U diag(gains) U^T`, `(D, D)`, for gains `(r,)`."""
-        return (self.eigenvectors * gains) @ self.eigenvectors.T
+    def columns(self, gains: Tensor, size: int = 1024) -> Iterator[tuple[slice, Tensor]]:
+        """`U diag(gains) U^T` for gains `(r,)`, in blocks of columns: yields `(columns, (D, n))`."""
+        scaled = self.eigenvectors * gains
+        for start in range(0, len(self.mean), size):
+            part = slice(start, min(start + size, len(self.mean)))
+            yield part, scaled @ self.eigenvectors[part].T
+
+    def diagonal(self, gains: Tensor) -> Tensor:
+        """The diagonal of `U diag(gains) U^T`, `(D,)`."""
+        return (self.eigenvectors.square() * gains).sum(1)
 
 
 @dataclass(frozen=True)

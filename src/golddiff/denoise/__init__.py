@@ -8,12 +8,12 @@ from ..bank import Bank
 from ..errors import unknown
 from ..golden import Budget, Everything, GoldenSubset, Subset
 from ..locality import GivenMask, Masked, PCAMask
-from .base import Denoiser
+from .base import Denoiser, per_image
 from .local import MaskedDenoiser
 from .whole import Optimal
 from .wiener import Wiener
 
-__all__ = ["METHODS", "Denoiser", "MaskedDenoiser", "Optimal", "Wiener", "denoiser"]
+__all__ = ["METHODS", "Denoiser", "MaskedDenoiser", "Optimal", "Wiener", "denoiser", "per_image"]
 
 RETRIEVAL = {"retrieval": "full", "k_min": 1 / 20, "k_max": 1 / 10, "m_min": None, "m_max": None}
 PCA = {"threshold": 0.02, "mask_rule": "output", "mask": None, "legacy_batch": None, "statistics": "bank"}
@@ -61,7 +61,7 @@ def denoiser(name: str, bank: Bank, **options: Any) -> Denoiser:
             raise unknown(f"option of {name}", key, chosen)
         chosen[key] = value
     for key, choices in CHOICES.items():
-        if key in chosen and chosen[key] not in choices:
+        if key in chosen and not (isinstance(chosen[key], str) and chosen[key] in choices):
             raise unknown(key, chosen[key], choices)
     if name == "wiener":
         return Wiener(bank, chosen["statistics"], chosen)

@@ -16,7 +16,7 @@ from ..images import NO_LABEL
 from ..noise import Noise
 from ..posterior import Posterior
 
-__all__ = ["Denoiser"]
+__all__ = ["Denoiser", "per_image"]
 
 
 class Denoiser(abc.ABC):
@@ -36,6 +36,10 @@ class Denoiser(abc.ABC):
     bank: Bank
     options: dict[str, Any]
     by_level: bool = False
+
+    def __repr__(self) -> str:
+        chosen = ", ".join(f"{key}={value!r}" for key, value in self.options.items() if key != "mask")
+        return f"{type(self).__name__}({self.bank!r}, {chosen})"
 
     @final
     def __call__(
@@ -60,8 +64,8 @@ class Denoiser(abc.ABC):
         self._check(x_t, noise)
         batch = len(x_t)
         noise = noise.expand(batch)
-        labels = _per_image(NO_LABEL if label is None else label, batch, "label").tolist()
-        seeds = _per_image(seed, batch, "seed")
+        labels = per_image(NO_LABEL if label is None else label, batch, "label").tolist()
+        seeds = per_image(seed, batch, "seed")
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
         for i, level in enumerate(noise.angle.tolist()):
             groups[labels[i], level if self.by_level else 0].append(i)
@@ -92,7 +96,7 @@ class Denoiser(abc.ABC):
             raise GolddiffError(f"x_t is {x_t.dtype}: convert it to float32 or float64")
         if not bool(torch.isfinite(x_t).all()):
             raise GolddiffError("x_t has NaN or infinite values: check the step that made it")
-        if x_t.device.type != self.bank.device.type:
+        if x_t.device != self.bank.device:
             raise GolddiffError(f"x_t is on {x_t.device}, the bank on {self.bank.device}: move one with .to(...)")
         if not isinstance(noise, Noise):
             raise GolddiffError(f"noise is a {type(noise).__name__}: give golddiff.Noise(alpha, sigma)")
@@ -100,9 +104,14 @@ class Denoiser(abc.ABC):
             raise GolddiffError("sigma is 0: the image is already clean, there is nothing to denoise")
 
 
-def _per_image(values: int | Sequence[int] | Tensor, batch: int, what: str) -> Tensor:
+def per_image(values: int | Sequence[int] | Tensor, batch: int, what: str) -> Tensor:
     """One whole number for each image, `(B,)` int64 on the CPU."""
-    numbers = torch.as_tensor(values)
-    if numbers.is_floating_point() or numbers.ndim > 1 or (numbers.ndim == 1 and len(numbers) != batch):
-        raise GolddiffError(f"{what} must be a whole number, or one for each of the {batch} images")
+    wrong = GolddiffError(f"{what} must be a whole number, or one for each of the {batch} images")
+    try:
+        numbers = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise wrong from error
+    whole = not (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool)
+    if not whole or numbers.ndim > 1 or (numbers.ndim == 1 and len(numbers) != batch):
+        raise wrong
     return numbers.long().cpu().expand(batch)

@@ -46,8 +46,8 @@ class MaskedDenoiser(Denoiser):
         legacy_batch: int | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
-        if legacy_batch is not None and legacy_batch < 1:
-            raise GolddiffError(f"legacy_batch is {legacy_batch}: give a number of rows of at least 1")
+        if legacy_batch is not None and (type(legacy_batch) is not int or legacy_batch < 1):
+            raise GolddiffError(f"legacy_batch is {legacy_batch!r}: give a number of rows of at least 1")
         self.bank, self.locality, self.options = bank, locality, options or {}
         self.subset = subset or Everything(bank)
         self.legacy_batch = legacy_batch
@@ -59,7 +59,7 @@ class MaskedDenoiser(Denoiser):
     def _posterior(
         self, x_t: Tensor, noise: Noise, label: int | None, eligible: Tensor | None, seed: Tensor
     ) -> Posterior:
-        mask = self.locality.mask(noise[0], label).to(x_t.device, x_t.dtype)
+        mask = self._mask(x_t, noise, label)
         support = self.subset.select(x_t, noise, self.locality, eligible, seed)
         q, s = self.bank.query(x_t, noise)
         sums: list[list[RunningSoftmax]] = [[] for _ in q]
@@ -72,7 +72,8 @@ class MaskedDenoiser(Denoiser):
                 sums[b][-1].add(masked_logits(q[b], s[b], v, mask), v)
 
         def weigh(b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
-            rows, columns = support.rows_of(b), mask if pixels is None else mask[:, pixels]
+            rows, columns = support.rows_of(b), self._mask(x_t, noise, label)
+            columns = columns if pixels is None else columns[:, pixels]
             logits = [
                 masked_logits(q[b], s[b], self.bank.centred(part, x_t.dtype), columns) for part in rows.split(block)
             ]
@@ -92,6 +93,9 @@ class MaskedDenoiser(Denoiser):
             noise=noise,
             _weigh=weigh,
         )
+
+    def _mask(self, x_t: Tensor, noise: Noise, label: int | None) -> Tensor:
+        return self.locality.mask(noise[0], label).to(x_t.device).to(x_t.dtype)
 
 
 def masked_logits(q: Tensor, s: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ class Optimal(Denoiser):
             x_t=x_t,
             noise=noise,
             _weigh=weigh,
+            _keys=self.bank.keys,
         )
 
     def _measured(self, q: Tensor, s: Tensor, rows: Tensor) -> RunningSoftmax:

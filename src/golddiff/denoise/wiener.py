@@ -34,8 +34,8 @@ class Wiener(Denoiser):
     def _posterior(
         self, x_t: Tensor, noise: Noise, label: int | None, eligible: Tensor | None, seed: Tensor
     ) -> Posterior:
-        spectrum = self.bank.spectrum(label if self.statistics == "class" else None)
-        mu, u, power = (t.to(x_t.device) for t in (spectrum.mean, spectrum.eigenvectors, spectrum.eigenvalues))
+        spectrum = self.bank.spectrum(label if self.statistics == "class" else None).to(x_t.device)
+        mu, u, power = spectrum.mean, spectrum.eigenvectors, spectrum.eigenvalues
         alpha, sigma = noise.like(x_t.flatten(1).double())
         rest = x_t.flatten(1).double() - alpha * mu
         inside = rest @ u

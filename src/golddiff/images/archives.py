@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from ..errors import GolddiffError
 from .core import NO_LABEL, Images
-from .folder import SUFFIXES, by_first_folder
+from .folder import SPLITS, SUFFIXES, by_first_folder
 from .pictures import EncodedPicture, decoded
 
 __all__ = ["find_shards", "read_tars", "read_zip"]
@@ -48,9 +49,12 @@ def read_zip(path: Path, **options: Any) -> Images:
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
-    """The tar shards of a folder, those of the split if their names say so; [] if it has none."""
+    """The tar shards of a split (named so, or the only kind there is); [] if the folder has none."""
     files = sorted(folder.glob("*.tar"))
-    return [f for f in files if split in f.name] or files
+    chosen = [f for f in files if split in f.name]
+    if files and not chosen and (split != "train" or any(other in f.name for other in SPLITS for f in files)):
+        raise GolddiffError(f"{folder} has no split '{split}': it holds {', '.join(f.name for f in files[:6])}")
+    return chosen or files
 
 
 def read_tars(files: list[Path], **options: Any) -> Images:
@@ -62,10 +66,11 @@ def read_tars(files: list[Path], **options: Any) -> Images:
     samples: list[tuple[Path, str, int, int]] = []
     labels: list[int] = []
     for file in files:
-        for name, (offset, size, label) in _index(file).items():
+        index = _index(file)
+        _check_sizes(file, [(name, size) for name, (_, size, _) in index.items()])
+        for name, (offset, size, label) in index.items():
             samples.append((file, name, offset, size))
             labels.append(label)
-        _check_sizes(file, [(name, size) for f, name, _, size in samples if f == file])
 
     def fetch(start: int, stop: int) -> list[EncodedPicture]:
         out = []
@@ -87,10 +92,10 @@ def _index(file: Path) -> dict[str, tuple[int, int, int]]:
         with tarfile.open(file, "r:") as archive:
             for member in archive:
                 path = PurePosixPath(member.name)
+                if not member.isreg() or not path.name:
+                    continue
                 stem, _, ending = path.name.partition(".")
                 key = str(path.with_name(stem or path.name))
-                if not member.isreg():
-                    continue
                 if _is_picture(member.name):
                     if key in pictures:
                         raise GolddiffError(f"{file}: sample {key} has two pictures; one is expected")
@@ -106,21 +111,28 @@ def _index(file: Path) -> dict[str, tuple[int, int, int]]:
 def _label(file: Path, name: str, text: bytes) -> int:
     try:
         value = json.loads(text)
-        if isinstance(value, dict):
-            value = value.get("cls", value.get("label", NO_LABEL))
-        return int(value)
-    except (ValueError, TypeError, UnicodeDecodeError) as error:
-        raise GolddiffError(f"{file}: {name} holds no label ({error}): a whole number is expected") from error
+    except ValueError:
+        value = None
+    if isinstance(value, dict):
+        value = value.get("cls", value.get("label", NO_LABEL))
+    if type(value) is not int:
+        raise GolddiffError(f"{file}: {name} holds no label: a whole number is expected")
+    return value
 
 
 def _listed_labels(path: Path, listed: Any, names: list[str]) -> np.ndarray:
-    pairs = listed.get("labels") if isinstance(listed, dict) else None
+    pairs = listed.get("labels") if isinstance(listed, dict) else listed
     if pairs is None:
         return np.full(len(names), NO_LABEL, dtype=np.int64)
-    try:
-        known = {str(name): int(label) for name, label in pairs}
-    except (TypeError, ValueError) as error:
-        raise GolddiffError(f"{path}: labels in {LABELS} are not pairs of name and whole number") from error
+    wrong = GolddiffError(f'{path}: labels in {LABELS} are not like [["00000/img00000000.png", 6], ...]: write them so')
+    if not isinstance(pairs, list):
+        raise wrong
+    known: dict[str, int] = {}
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], str) or type(pair[1]) is not int:
+            raise wrong
+        if known.setdefault(pair[0], pair[1]) != pair[1]:
+            raise GolddiffError(f"{path}: {LABELS} gives {pair[0]} two labels: give one")
     missing = next((name for name in names if name not in known), None)
     if missing is not None:
         raise GolddiffError(f"{path}: {LABELS} has no label for {missing}: list all pictures, or none")
@@ -144,5 +156,5 @@ def _read(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes
     try:
         with archive.open(entry) as stream:
             return stream.read(LARGEST)
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError) as error:
         raise GolddiffError(f"{path}: {entry.filename} cannot be read ({error}): make the zip again") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -55,7 +56,8 @@ def from_dataset(dataset: Any) -> Images:
     """Pictures of a map-style data set (`len(d)`, `d[i]`), such as any `torch.utils.data.Dataset`.
 
     An item is a picture, or a tuple that begins with picture and label. A picture is a PIL image, a uint8 array
-    or tensor, or floats in [-1, 1]; `(H, W, C)`, `(C, H, W)` or `(H, W)`. Items are read when they are needed.
+    or tensor, or floats in [-1, 1]; `(H, W, C)`, `(C, H, W)` or `(H, W)`. Items are read twice: once
+    for the labels, once for the pixels.
     """
 
     def item(i: int) -> tuple[np.ndarray, int]:
@@ -101,8 +103,8 @@ def check_pixels(array: np.ndarray) -> None:
         finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
         if not finite.all():
             raise GolddiffError(f"row {int(np.argmin(finite))} has NaN or infinite pixels: remove or mend it")
-        if array.size and array.max() > 2 and np.array_equal(array, np.round(array)):
-            raise GolddiffError("float pixels that are whole numbers above 2: convert them with .astype('uint8')")
+        if array.size and array.max() > 2 and array.min() >= 0:
+            raise GolddiffError(f"float pixels from {array.min():.4g} to {array.max():.4g}: bring them to [-1, 1]")
 
 
 def guess_layout(shape: tuple[int, ...]) -> str:
@@ -144,17 +146,20 @@ def read_numpy(path: Path, layout: str | None = None) -> Images:
             )
         label_key = next((k for k in LABEL_KEYS if k in loaded.files), None)
         try:
-            return from_array(loaded[key], loaded[label_key] if label_key else None, layout)
-        except (BadZipFile, EOFError, OSError) as error:
+            pictures, labels = loaded[key], loaded[label_key] if label_key else None
+        except (BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
             raise GolddiffError(f"{path} is damaged ({error}): save it again") from error
+        return from_array(pictures, labels, layout)
 
 
 def _labels(labels: Any, count: int) -> np.ndarray:
     if labels is None:
         return np.full(count, NO_LABEL, dtype=np.int64)
     labels = np.asarray(labels)
+    if labels.ndim == 2 and labels.shape[1] == 1:  # CIFAR-10 as some tools save it
+        labels = labels[:, 0]
     if labels.shape != (count,):
         raise GolddiffError(f"labels of shape {labels.shape} for {count} pictures: give one integer each")
-    if not np.issubdtype(labels.dtype, np.integer) or (count and labels.min() < NO_LABEL):
-        raise GolddiffError("labels must be integers from 0 on, or -1 for none")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise GolddiffError(f"labels are {labels.dtype}: give whole numbers, -1 for none")
     return labels.astype(np.int64)

@@ -11,7 +11,7 @@ from ..errors import GolddiffError
 from .core import NO_LABEL, Images
 from .pictures import EncodedPicture, decoded
 
-__all__ = ["SUFFIXES", "by_first_folder", "read_folder"]
+__all__ = ["SPLITS", "SUFFIXES", "by_first_folder", "only_train", "read_folder"]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 SPLITS = {"train", "test", "val", "valid", "validation"}
@@ -28,6 +28,8 @@ def read_folder(folder: Path, split: str, **options: Any) -> Images:
         if split not in below:
             raise GolddiffError(f"{folder} has no split '{split}': it has {', '.join(sorted(below))}")
         folder = folder / split
+    else:
+        only_train(folder, split)
     found = (
         p
         for p in folder.rglob("*")
@@ -45,6 +47,12 @@ def read_folder(folder: Path, split: str, **options: Any) -> Images:
         return [EncodedPicture(str(file), file) for file in files[start:stop]]
 
     return decoded(len(files), fetch, labels, ids, classes, **options)
+
+
+def only_train(source: object, split: str) -> None:
+    """Refuses a split of what has no parts."""
+    if split != "train":
+        raise GolddiffError(f"{source} has no split '{split}': it has no parts, leave --split out")
 
 
 def by_first_folder(names: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:

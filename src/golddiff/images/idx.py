@@ -52,6 +52,8 @@ def read_array(path: Path) -> np.ndarray:
     if len(data) < 4 or data[:2] != b"\x00\x00" or data[2] != UBYTE:
         raise GolddiffError(f"{path} is not an IDX file of bytes: its header is {data[:4].hex() or 'empty'}")
     start = 4 + 4 * data[3]
+    if len(data) < start or data[3] == 0:
+        raise GolddiffError(f"{path} announces {data[3]} dimensions and ends before their sizes: fetch it again")
     shape = tuple(int(n) for n in np.frombuffer(data[4:start], dtype=">u4"))
     size = 1
     for n in shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,16 @@ __all__ = ["EncodedPicture", "decoded"]
 
 GREY = ("1", "L", "LA")
 EIGHT_BIT = (*GREY, "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-DECODE_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+DECODE_ERRORS = (
+    UnidentifiedImageError,
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,7 @@ def decoded(
     *,
     size: int | None = None,
     skip_broken: bool = False,
+    limit: int | None = None,
 ) -> Images:
     """Images from encoded pictures.
 
@@ -49,14 +60,18 @@ def decoded(
         count: N.
         fetch: `fetch(start, stop)` gives the encoded pictures `start..stop-1`.
         size: the side of the result; None keeps the pictures' own size, which must be the same for all.
+        limit: stop after so many pictures.
         skip_broken: leave out pictures that cannot be used (each is decoded once to find out).
     """
     if size is not None and size < 1:
         raise GolddiffError(f"size is {size}: give a side of at least 1 pixel")
     first: tuple[str, tuple[int, int]] | None = None
     grey = True
-    kept, skipped = [], []
+    kept: list[int] = []
+    skipped: list[str] = []
     for i in range(count):
+        if limit is not None and len(kept) == limit:
+            break
         picture = None
         try:
             (picture,) = fetch(i, i + 1)
@@ -83,14 +98,13 @@ def decoded(
 
     def read(start: int, stop: int) -> np.ndarray:
         out = np.empty((stop - start, *shape), dtype=np.uint8)
-        wanted = [fetch(i, i + 1)[0] for i in kept[start:stop]] if skipped else fetch(start, stop)
+        wanted = [fetch(i, i + 1)[0] for i in kept[start:stop]]
         with ThreadPoolExecutor(4) as pool:
             for i, pixels in enumerate(pool.map(lambda picture: _pixels(picture, grey, size), wanted)):
                 out[i] = pixels
         return out
 
-    ids = [ids[i] for i in kept] if skipped else ids
-    return Images(shape, np.dtype(np.uint8), labels[kept], ids, read, classes, tuple(skipped))
+    return Images(shape, np.dtype(np.uint8), labels[kept], [ids[i] for i in kept], read, classes, tuple(skipped))
 
 
 def _open(picture: EncodedPicture) -> Image.Image:
@@ -102,9 +116,11 @@ def _header(picture: EncodedPicture) -> tuple[tuple[int, int], str]:
     """Size (as seen upright) and mode, from the header alone; refuses what is not an 8-bit still picture."""
     try:
         with _open(picture) as image:
-            if image.mode not in EIGHT_BIT:
+            deep = image.format in ("PNG", "TIFF") and any(";16" in str(tile) for tile in image.tile)  # type: ignore[attr-defined]
+            if image.mode not in EIGHT_BIT or deep:
+                kind = f"{image.mode} of 16 bits" if deep else image.mode
                 raise GolddiffError(
-                    f"{picture.name} has pixels of mode {image.mode}, not 8-bit: convert it to 8 bits a channel"
+                    f"{picture.name} has pixels of mode {kind}, not 8-bit: convert it to 8 bits a channel"
                 )
             if getattr(image, "n_frames", 1) > 1:
                 raise GolddiffError(
@@ -146,5 +162,6 @@ def _square(image: Image.Image) -> Image.Image:
 
 
 def _broken(picture: EncodedPicture, error: Exception) -> GolddiffError:
-    reason = str(error).split("\n")[0][:120]
-    return GolddiffError(f"{picture.name} cannot be read as a picture ({reason}): remove or replace it")
+    unknown_kind = isinstance(error, UnidentifiedImageError)
+    reason = "of no known kind" if unknown_kind else str(error).split("\n")[0][:120]
+    return GolddiffError(f"{picture.name} cannot be read as a picture ({reason}): remove it, or give --skip-broken")

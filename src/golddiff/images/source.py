@@ -15,7 +15,7 @@ from .archives import find_shards, read_tars, read_zip
 from .arrays import from_array, from_dataset, read_numpy
 from .cifar import find_cifar, read_cifar
 from .core import Images
-from .folder import read_folder
+from .folder import only_train, read_folder
 from .hub import HUB, read_hub
 from .idx import find_idx, read_idx
 from .parquet import find_parquet, read_parquet
@@ -82,10 +82,18 @@ def open_source(
         flip: add the mirror image of each, after all of them.
         skip_broken: leave out encoded pictures that cannot be used.
     """
+    if limit is not None and limit < 1:
+        raise GolddiffError(f"limit is {limit}: give a number of pictures of at least 1")
     if isinstance(source, str | Path):
         if labels is not None:
             raise GolddiffError("labels= goes with an array of pictures; a path brings its own labels")
-        images = _from_path(find_source(source), split, layout, {"size": size, "skip_broken": skip_broken})
+        encoded = {"size": size, "skip_broken": skip_broken, "limit": limit}
+        try:
+            images = _from_path(find_source(source), split, layout, encoded)
+        except OSError as error:
+            raise GolddiffError(
+                f"{source} cannot be read ({error.strerror or error}): check its permissions"
+            ) from error
     elif isinstance(source, np.ndarray | torch.Tensor):
         images = from_array(source, labels, layout)
     elif isinstance(source, Images):
@@ -106,6 +114,7 @@ def _from_path(found: str | Path, split: str, layout: str | None, encoded: dict[
     if isinstance(found, str):
         if found.startswith(HUB_PREFIX):
             return read_hub(found.removeprefix(HUB_PREFIX), split, **encoded)
+        only_train(found, split)
         return _built_in(found)
     if found.is_dir():
         if files := find_parquet(found, split):
@@ -116,6 +125,8 @@ def _from_path(found: str | Path, split: str, layout: str | None, encoded: dict[
             return read_tars(files, **encoded)
         idx = find_idx(found, split)
         return read_folder(found, split, **encoded) if idx is None else read_idx(idx)
+    if found.suffix in (".zip", ".npz", ".npy"):
+        only_train(found, split)
     if found.suffix == ".parquet":
         return read_parquet([found], **encoded)
     if found.suffix == ".zip":
