@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -7,7 +9,9 @@ import torch
 import golddiff as gd
 import oracles
 from conftest import toy_arrays
+from golddiff.locality import PCAMask
 from golddiff.proxy import Pooling
+from test_images import write_idx
 
 
 def covariance_of(spectrum):
@@ -146,3 +150,74 @@ def test_damaged_banks_are_refused(tmp_path, harm):
         np.save(folder / "labels.npy", np.zeros(7, dtype=np.int64))
     with pytest.raises(gd.GolddiffError, match="build|not a bank"):
         gd.Bank.open(folder)
+
+
+@pytest.mark.parametrize("kind", ["pictures", "file"])
+def test_force_replaces_banks_only(tmp_path, kind):
+    out = tmp_path / "mine"
+    if kind == "file":
+        out.write_text("thesis")
+    else:
+        out.mkdir()
+        (out / "thesis.tex").write_text("thesis")
+    with pytest.raises(gd.GolddiffError, match="is no bank"):
+        gd.Bank.build("digits", out, force=True, limit=20)
+    assert (out if kind == "file" else out / "thesis.tex").read_text() == "thesis"
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+    bank = gd.Bank.build("digits", tmp_path / "bank", limit=20)
+    again = gd.Bank.build("digits", tmp_path / "bank", limit=30, force=True)
+    assert (len(bank), len(again), len(gd.Bank.open(tmp_path / "bank"))) == (20, 30, 30)
+
+
+def test_what_is_derived_from_another_bank_is_not_used(tmp_path):
+    noise, folder = gd.DDPM()(300), tmp_path / "bank"
+    old = gd.Bank.build("digits", folder, limit=100)
+    new = gd.Bank.build("digits", folder, limit=400, force=True)
+    PCAMask(old).mask(noise)  # written into the folder that is now the new bank's
+    assert torch.equal(
+        PCAMask(new).mask(noise), PCAMask(gd.Bank.build("digits", tmp_path / "b", limit=400)).mask(noise)
+    )
+    assert torch.equal(gd.Bank.open(folder).spectrum().mean, new.spectrum().mean)
+
+
+def test_derived_files_that_were_changed_are_refused(tmp_path):
+    bank = gd.Bank.build("digits", tmp_path / "bank", limit=100)
+    PCAMask(bank).mask(gd.DDPM()(300))
+    file = next((tmp_path / "bank" / "derived").glob("mask-*"))
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(gd.GolddiffError, match="is damaged"):
+        PCAMask(gd.Bank.open(tmp_path / "bank")).mask(gd.DDPM()(300))
+
+
+def test_files_that_belong_to_a_single_file_count_too(tmp_path):
+    pixels, labels = toy_arrays()
+    write_idx(tmp_path / "train-images-idx3-ubyte", pixels[:, 0])
+    assert gd.Bank.build(tmp_path / "train-images-idx3-ubyte").labels.max() == -1
+    write_idx(tmp_path / "train-labels-idx1-ubyte", labels.astype(np.uint8))
+    assert gd.Bank.build(tmp_path / "train-images-idx3-ubyte").labels.tolist() == labels.tolist()
+
+
+def test_two_processes_may_build_the_same_bank(cache):
+    code = "import golddiff as gd; print(gd.Bank.build('digits', limit=77).fingerprint)"
+    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    prints = {process.communicate()[0].strip() for process in started}
+    assert [process.returncode for process in started] == [0, 0, 0]
+    assert len(prints) == 1
+    assert not [p for p in (cache / "banks").iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [None, 3, object(), {"a": 1}, np.zeros((3, 0, 4, 1), np.uint8), np.zeros((3, 4, 4, 1), np.int32), [], b"x"],
+)
+def test_what_is_no_source_is_refused(source):
+    with pytest.raises(gd.GolddiffError):
+        gd.Bank.build(source)
+
+
+@pytest.mark.parametrize(
+    "labels", [[0.5] * 60, [-2] * 60, [2**40] * 60, ["a"] * 60, [0] * 59, np.full(60, 2**64 - 1, np.uint64)]
+)
+def test_bad_labels_are_refused(labels):
+    with pytest.raises(gd.GolddiffError):
+        gd.Bank.build(toy_arrays()[0], labels=labels)

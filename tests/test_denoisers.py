@@ -365,3 +365,91 @@ def test_bad_input_is_refused(toy, variant, x_t, noise, label, message):
 def test_bad_options_are_refused(toy, name, options, message):
     with pytest.raises(gd.GolddiffError, match=message):
         gd.denoiser(name, toy, **options)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@each_variant
+def test_banks_of_floats(variant, kind):
+    pixels, labels = toy_arrays()
+    bank = gd.Bank.build(pixels, labels=labels)
+    floats = gd.Bank.build((pixels / 127.5 - 1).astype(kind), labels=labels)
+    noise = SCHEDULE(300)
+    for dtype, atol in ((torch.float32, 2e-4), (torch.float64, 1e-5)):
+        x_t = noisy(bank, noise, dtype=dtype)
+        if "golddiff" in variant or "paper" in variant:  # keys differ, and with them pools: compare what is exact
+            posterior = build(variant, floats)(x_t, noise)
+            rows, weights = posterior.weights(0)
+            values = floats.images(rows, torch.float64).flatten(1)
+            mean = weights.double() @ values if weights.ndim == 1 else (weights * values).sum(0)
+            assert close(mean, posterior.mean[0].flatten().double(), atol)
+        else:
+            assert close(build(variant, floats)(x_t, noise).mean, build(variant, bank)(x_t, noise).mean, atol)
+
+
+def test_wiener_of_a_class(toy):
+    noise = SCHEDULE(300)
+    x_t = noisy(toy, noise)
+    posterior = gd.denoiser("wiener", toy, statistics="class")(x_t, noise, [1, 2, -1])
+    for b, label in enumerate([1, 2, -1]):
+        rows = rows_of(toy) if label < 0 else rows_of(toy)[toy.rows_of(label).numpy()]
+        mean, _ = oracles.wiener(x_t[b].flatten().numpy(), rows, float(noise.alpha), float(noise.sigma))
+        assert np.abs(posterior.mean[b].flatten().numpy() - mean).max() < 1e-9
+
+
+def test_draws_do_not_depend_on_the_batch_or_the_order_of_rows():
+    pixels, _ = toy_arrays()
+    order = np.random.default_rng(3).permutation(60)
+    bank, other = gd.Bank.build(pixels), gd.Bank.build(pixels[order])
+    noise = SCHEDULE(850)
+    x_t = noisy(bank, noise)
+    together = gd.denoiser("optimal", bank)(x_t, noise).draw([4, 5, 6])
+    for b in range(3):
+        assert gd.denoiser("optimal", bank)(x_t[b : b + 1], noise).draw(4 + b).tolist() == [int(together[b])]
+    assert order[gd.denoiser("optimal", other)(x_t, noise).draw([4, 5, 6]).numpy()].tolist() == together.tolist()
+
+
+@each_variant
+def test_extreme_levels_are_right_or_refused(toy, variant):
+    denoiser, x = build(variant, toy), toy.images(torch.tensor([3]))
+    for noise in (
+        gd.Noise(1, 1e-19),
+        gd.Noise(1e30, 1),
+        gd.Noise(1e-300, 1e-300),
+        gd.Noise(1, 1e-5),
+        gd.Noise(1e-9, 1),
+    ):
+        for x_t in (float(noise.alpha) * x, float(noise.sigma) * torch.randn(x.shape), torch.full_like(x, 1e30)):
+            try:
+                mean = denoiser(x_t, noise).mean
+            except gd.GolddiffError as error:
+                assert "float64" in str(error)  # noqa: PT017
+            else:
+                assert bool(torch.isfinite(mean).all())
+                assert variant == "wiener" or float(mean.abs().max()) <= 1
+
+
+def test_gradients_are_refused_rather_than_wrong(toy):
+    x_t = torch.zeros(1, 3, 4, 5, requires_grad=True)
+    with pytest.raises(gd.GolddiffError, match="detach"):
+        gd.denoiser("optimal", toy)(x_t, gd.Noise(1, 1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"threshold": "x"},
+        {"threshold": True},
+        {"threshold": None},
+        {"legacy_batch": 2.5},
+        {"legacy_batch": "a"},
+        {"mask": "x"},
+        {"mask": torch.full((60, 60), math.nan)},
+        {"mask": 3},
+        {"k_min": "a"},
+        {"retrieval": 3},
+        {"statistics": []},
+    ],
+)
+def test_options_of_the_wrong_kind_are_refused(toy, options):
+    with pytest.raises(gd.GolddiffError):
+        gd.denoiser("golddiff", toy, **options)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import datasets
@@ -420,6 +421,19 @@ def broken(tmp_path, kind):
         (tmp_path / "b.png").write_bytes(png(COLOUR[0][:4]))
     elif kind == "16 bits":
         (tmp_path / "b.png").write_bytes(png(GREY[0].astype(np.uint16)))
+    elif kind in ("16 bits in colour", "16 bits in a ppm"):
+        deep = np.repeat(GREY[0].astype(">u2")[..., None] * 257, 3, axis=2)
+        if kind.endswith("ppm"):
+            (tmp_path / "b.ppm").write_bytes(b"P6 7 5 65535\n" + deep.tobytes())
+        else:
+            lines = b"".join(b"\0" + row.tobytes() for row in deep)
+            chunks = [
+                (b"IHDR", struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0)),
+                (b"IDAT", zlib.compress(lines)),
+                (b"IEND", b""),
+            ]
+            body = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
+            (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(body))
     elif kind == "animated":
         frames = [Image.fromarray(COLOUR[i]) for i in (0, 1)]
         frames[0].save(tmp_path / "b.gif", save_all=True, append_images=frames[1:])
@@ -509,7 +523,8 @@ def broken_file(tmp_path, kind):
         ("missing", "nothing at .*check the path"), ("empty folder", "holds no pictures"),
         ("unknown name", "did you mean 'digits'"), ("truncated picture", "b.png cannot be read"),
         ("not a picture", "b.png cannot be read"), ("sizes differ", "a.png is 7x5, .*b.png is 7x4; give --size"),
-        ("16 bits", "b.png has pixels of mode I;16"), ("animated", "b.gif is animated"),
+        ("16 bits", "b.png has pixels of mode I;16"), ("16 bits in colour", "16 bits, not 8-bit"),
+        ("16 bits in a ppm", "16 bits, not 8-bit"), ("animated", "b.gif is animated"),
         ("transparent", "b.png is partly transparent"), ("beside class folders", "beside class folders"),
         ("lying idx", "announces 2147483648 x 5 x 7 bytes and holds 210"), ("cut gzip", "cannot be read"),
         ("pickle in npy", "not a readable NumPy file"), ("cut npz", "not a readable NumPy file"),
@@ -536,3 +551,58 @@ def test_known_names_without_their_files_say_how(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(gd.GolddiffError, match="set GOLDDIFF_DATA"):
         gd.open_source("mnist")
+
+
+def test_a_tar_of_a_folder(tmp_path):
+    """As `tar cf a.tar -C folder .` makes it."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "0.png").write_bytes(png(COLOUR[0]))
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "folder", arcname=".")
+    assert np.array_equal(all_of(gd.open_source(tmp_path / "a.tar"))[0], COLOUR[0].transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("source", ["digits", "npz", "flat", "tar"])
+def test_a_split_of_what_has_no_parts_is_refused(tmp_path, source):
+    path = tmp_path / "data"
+    path.mkdir()
+    if source == "flat":
+        (path / "a.png").write_bytes(png(COLOUR[0]))
+    elif source == "tar":
+        with tarfile.open(path / "train-0.tar", "w") as archive:
+            add(archive, "a.png", png(COLOUR[0]))
+    elif source == "npz":
+        path = tmp_path / "a.npz"
+        np.savez(path, arr_0=COLOUR)
+    with pytest.raises(gd.GolddiffError, match="no split 'test'"):
+        gd.open_source("digits" if source == "digits" else path, split="test")
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {},
+        3,
+        "x",
+        {"labels": {}},
+        {"labels": [["a.png", 1.5]]},
+        {"labels": [["a.png", True]]},
+        {"labels": [["a.png", -7]]},
+        {"labels": [["a.png", 1], ["a.png", 2]]},
+    ],
+)
+def test_bad_labels_in_zips_are_refused(tmp_path, labels):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", png(COLOUR[0]))
+        archive.writestr("dataset.json", json.dumps(labels))
+    if labels == {}:
+        assert gd.open_source(tmp_path / "a.zip").labels.tolist() == [-1]
+        return
+    with pytest.raises(gd.GolddiffError):
+        gd.open_source(tmp_path / "a.zip")
+
+
+def test_limit_is_reached_without_reading_the_rest(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(png(COLOUR[i]) if i < 2 else b"broken")
+    assert len(gd.open_source(tmp_path, limit=2)) == 2

@@ -287,3 +287,99 @@ def test_recipes_that_cannot_be_read(tmp_path):
         read_settings(tmp_path / "a.yaml")
     with pytest.raises(gd.GolddiffError, match="array"):
         open_bank({"name": "array", "path": None, "fingerprint": "x"})
+
+
+def test_another_method_drops_the_options_of_the_recipe(tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text("bank: digits\nmethod: golddiff\nseeds: 0\nsteps: 3\noptions: {retrieval: paper, threshold: 0.1}\n")
+    for method, extra in (("wiener", []), ("pca", ["threshold=0.3"]), ("golddiff", ["threshold=0.3"])):
+        out = tmp_path / method
+        assert call(capsys, "sample", "--recipe", file, "--method", method, *extra, "--out", out)[0] == 0
+        options = json.loads((out / "recipe.json").read_text())["options"]
+        assert options.get("retrieval") == {"wiener": None, "pca": "full", "golddiff": "paper"}[method]
+        assert options.get("threshold") == (0.3 if extra else None)
+
+
+def test_names_of_classes_go_before_numbers(tmp_path):
+    pixels = (
+        np.repeat(np.arange(3, dtype=np.uint8)[:, None, None, None] * 50, 4, axis=0).repeat(4, axis=1).repeat(4, axis=2)
+    )
+    bank = gd.Bank.build(pixels, labels=np.repeat(np.arange(3), 4))
+    bank.classes = ("1", "2", "3")
+    assert parse_labels("1,3", bank) == [0, 2]
+    assert parse_labels([1, 2], bank) == [1, 2]
+    for bad in ("--5", "9" * 30, "0,cat", 10**30, [[1]]):
+        with pytest.raises(gd.GolddiffError):
+            parse_labels(bad, bank)
+
+
+def test_other_settings_go_to_another_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in ([], ["--label", "3"], ["retrieval=paper"], ["--label", "3", "--label", "4"], ["--limit", 500]):
+        assert call(capsys, "sample", "digits", "--seeds", "0", *arguments)[0] == 0
+    folders = sorted(p.name for p in (tmp_path / "runs").iterdir())
+    assert len(folders) == 5
+    assert folders[0] == "digits-golddiff"
+
+
+def test_force_takes_runs_only(tmp_path, capsys):
+    (tmp_path / "seeds.csv").write_text("mine")
+    code, _, err = call(capsys, "sample", "digits", "--seeds", "0", "--out", tmp_path, "--force")
+    assert code == 2
+    assert "no run folder" in err
+    out = tmp_path / "run"
+    assert call(capsys, "sample", "digits", "--seeds", "0-1", "--out", out)[0] == 0
+    (out / "seedlings.txt").write_text("mine")
+    assert call(capsys, "sample", "digits", "--seeds", "5", "--out", out, "--force")[0] == 0
+    assert sorted(p.name for p in out.glob("seed*")) == ["seed000005.png", "seedlings.txt"]
+
+
+@pytest.mark.parametrize("name", ["seed000000.png", "seed000000-steps.npz", "recipe.json"])
+@pytest.mark.parametrize("harm", ["empty", "cut", "folder"])
+def test_damaged_runs_are_one_line(tmp_path, capsys, name, harm):
+    out = tmp_path / "run"
+    arguments = ["sample", "digits", "--seeds", "0-1", "--save-steps", "--out", out]
+    assert call(capsys, *arguments)[0] == 0
+    file = out / name
+    data = file.read_bytes()
+    file.unlink()
+    if harm == "folder":
+        file.mkdir()
+    else:
+        file.write_bytes(data[: len(data) // 2] if harm == "cut" else b"")
+    code, _, err = call(capsys, *arguments)
+    assert code == 2
+    assert err.strip().count("\n") == 0
+    assert name in err
+
+
+def test_a_recipe_says_how_its_bank_is_made(tmp_path, capsys):
+    assert call(capsys, "sample", "digits", "--seeds", "0", "--out", tmp_path / "a")[0] == 0
+    code, _, err = call(
+        capsys, "sample", "--recipe", tmp_path / "a" / "recipe.json", "--limit", 5, "--out", tmp_path / "b"
+    )
+    assert code == 2
+    assert "leave --limit out" in err
+
+
+def test_dpm_with_another_schedule_is_refused_before_a_folder_is_made(tmp_path, capsys):
+    code, _, err = call(
+        capsys, "sample", "digits", "--sampler", "dpm++", "--schedule", "edm", "--out", tmp_path / "run"
+    )
+    assert code == 2
+    assert "schedule ddpm" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_do_not_go_among_the_pictures(tmp_path, capsys, monkeypatch):
+    from PIL import Image
+
+    for i in range(3):
+        Image.new("L", (8, 8), 60 * i).save(tmp_path / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(capsys, "sample", ".", "--seeds", "0")
+    assert code == 2
+    assert "among the pictures" in err
+    code, _, err = call(capsys, "sample", ".", "--seeds", "0", "--out", tmp_path.parent / "run-of-pictures")
+    assert code == 0
+    assert "expect copies" in err

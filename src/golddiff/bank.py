@@ -201,7 +201,11 @@ class Bank:
     @classmethod
     def _open_as_is(cls, path: Path, options: dict[str, Any]) -> Bank:
         """A built bank; options that say how to build one are refused."""
-        given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value and name != "split"]
+        given = [
+            f"--{n.replace('_', '-')}"
+            for n, value in options.items()
+            if value not in (None, "train") and value is not False
+        ]
         if given:
             raise GolddiffError(f"{path} is a built bank: give {', '.join(given)} when building it from its source")
         return cls.open(path)
@@ -216,7 +220,7 @@ class Bank:
             raise GolddiffError("this bank lives in memory: it has no files to verify")
         wrong = [] if self.meta.get("checksum") == _checksum(self.meta) else [f"{META}: its content was changed"]
         for name in ARRAYS:
-            if hash_file(self.path / f"{name}.npy") != self.meta.get("hashes", {}).get(name):
+            if hash_file(self.path / f"{name}.npy") != (self.meta.get("hashes") or {}).get(name):
                 wrong.append(f"{name}.npy: its bytes are not those of the build")
         if not wrong and self.fingerprint != fingerprint(self.pixels.cpu(), self.labels.cpu()):
             wrong.append("the fingerprint is not that of the pixels and labels")
@@ -250,7 +254,7 @@ class Bank:
         if label is None or label == NO_LABEL:
             return None
         if label not in self._rows:
-            rows = (self.labels == label).nonzero()[:, 0]
+            rows = (self.labels == label).nonzero()[:, 0] if abs(label) < 2**63 else self.labels[:0]
             if len(rows) == 0:
                 there = [n for n in self.labels.unique().tolist() if n != NO_LABEL]
                 listed = f"{', '.join(map(str, there[:12]))}{', ...' if len(there) > 12 else ''}"
@@ -330,7 +334,8 @@ class Bank:
         tensors = _load_derived(file, stamp) if file and file.exists() else None
         if tensors is None:
             tensors = {k: t.contiguous() for k, t in compute().items()}
-            if file and os.access(file.parent.parent, os.W_OK):
+            # a bank that cannot be written to still works; it only forgets
+            if file and os.access(file.parent if file.parent.exists() else self.path, os.W_OK):  # type: ignore[arg-type]
                 file.parent.mkdir(exist_ok=True)
                 with replacing(file) as part:
                     save_file(tensors, part, metadata={**stamp, "hash": _hash_tensors(tensors)})
@@ -364,7 +369,10 @@ def _load_derived(file: Path, stamp: dict[str, str]) -> dict[str, Tensor] | None
             metadata = opened.metadata() or {}
             if any(metadata.get(key) != value for key, value in stamp.items()):
                 return None
-            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            if metadata.get("hash") == _hash_tensors(tensors):
+                return tensors
+            raise SafetensorError("its bytes were changed")
     except (SafetensorError, OSError) as error:
         raise GolddiffError(f"{file} is damaged ({error}): remove it, it will be made again") from error
 

@@ -114,8 +114,11 @@ def bank_info(path: str) -> None:
     if held.path and held.shape[0] in (1, 3, 4):
         rows = torch.linspace(0, len(held) - 1, min(len(held), 100)).round().long()
         sheet = held.path / "sheet.png"
-        save_png(grid(to_uint8(held.images(rows))), sheet)
-        click.echo(f"sheet        {sheet}")
+        try:
+            save_png(grid(to_uint8(held.images(rows))), sheet)
+            click.echo(f"sheet        {sheet}")
+        except GolddiffError as error:
+            click.echo(f"sheet        not drawn: {error}")
 
 
 @bank.command("verify", short_help="Check every byte of a bank.")
@@ -322,7 +325,7 @@ def main() -> None:
     except click.ClickException as error:
         click.echo(f"golddiff: {' '.join(error.format_message().split())}", err=True)
         sys.exit(2)
-    except (GolddiffError, OSError) as error:
+    except (GolddiffError, OSError, EOFError) as error:
         click.echo(f"golddiff: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):

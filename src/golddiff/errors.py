@@ -11,6 +11,9 @@ __all__ = ["GolddiffError", "unknown"]
 class GolddiffError(ValueError):
     """A request that cannot be met. The message is one line and ends with what to do about it."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
 
 def unknown(what: str, name: object, known: Iterable[str]) -> GolddiffError:
     """The error for a name that is not among `known`: it offers the nearest one and lists them all."""

@@ -69,6 +69,8 @@ class GivenMask(Masked):
             raise GolddiffError(
                 f"mask of shape {tuple(mask.shape)}: give ({self._size}, {self._size}), M[n, m] summed over n"
             )
+        if mask.is_complex() or not bool(torch.isfinite(mask).all()):
+            raise GolddiffError("mask has NaN, infinite or complex entries: give booleans, or finite weights")
         if mask.dtype != torch.bool and not mask.is_floating_point():
             mask = mask.bool()
         return mask

@@ -16,6 +16,9 @@ from .errors import GolddiffError, unknown
 __all__ = ["CLEAN", "DDPM", "EDM", "Cosine", "DiffusersSchedule", "Flow", "Noise", "Schedule", "schedule_named"]
 
 
+MOST_STEPS = 100_000
+
+
 @dataclass(frozen=True, eq=False)
 class Noise:
     r"""A noise level, or one for each image of a batch.
@@ -36,7 +39,7 @@ class Noise:
     def __init__(self, alpha: Any, sigma: Any) -> None:
         try:
             pair = [torch.as_tensor(v, dtype=torch.float64).cpu() for v in (alpha, sigma)]
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise GolddiffError(f"alpha and sigma must be numbers or (B,) arrays: {error}") from error
         if any(v.ndim > 1 for v in pair) or (pair[0].ndim == pair[1].ndim == 1 and len(pair[0]) != len(pair[1])):
             raise GolddiffError("alpha and sigma must be numbers or (B,) arrays of the same length")
@@ -105,8 +108,7 @@ class Schedule(abc.ABC):
 
     def levels(self, steps: int) -> list[tuple[float, Noise]]:
         """`times(steps)`, each with its noise level."""
-        if steps < 1:
-            raise GolddiffError(f"steps is {steps}: give at least 1")
+        _check_steps(steps)
         return [(time, self(time)) for time in self.times(steps)]
 
 
@@ -125,11 +127,13 @@ class DDPM(Schedule):
     """
 
     def __init__(self, train_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> None:
+        if type(train_steps) is not int or train_steps < 1 or not 0 < beta_start <= beta_end < 1:
+            raise GolddiffError("DDPM needs train_steps of at least 1, and 0 < beta_start <= beta_end < 1")
         betas = torch.linspace(beta_start, beta_end, train_steps, dtype=torch.float32)
         self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
 
     def __call__(self, time: float) -> Noise:
-        if time != int(time) or not 0 <= time < len(self.alphas_cumprod):
+        if not 0 <= time < len(self.alphas_cumprod) or time != int(time):
             raise GolddiffError(f"time {time}: give a whole number from 0 to {len(self.alphas_cumprod) - 1}")
         abar = self.alphas_cumprod[int(time)].double()
         return Noise(abar.sqrt(), (1 - abar).sqrt())
@@ -152,6 +156,8 @@ class Cosine(Schedule):
     """
 
     def __init__(self, s: float = 0.008) -> None:
+        if not s >= 0:
+            raise GolddiffError(f"s is {s}: give a number of at least 0")
         self.s = s
 
     def __call__(self, time: float) -> Noise:
@@ -174,7 +180,7 @@ class EDM(Schedule):
     """
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, curvature: float = 7.0) -> None:
-        if not 0 < sigma_min < sigma_max:
+        if not (0 < sigma_min < sigma_max and curvature > 0):
             raise GolddiffError(f"sigma_min {sigma_min} and sigma_max {sigma_max}: give 0 < sigma_min < sigma_max")
         self.sigma_min, self.sigma_max, self.curvature = sigma_min, sigma_max, curvature
         self.init_noise_sigma = sigma_max
@@ -228,8 +234,7 @@ class DiffusersSchedule(Schedule):
         return [(t, Noise(1 - s if self.is_flow else 1.0, s)) for t, s in zip(times, sigmas, strict=True)]
 
     def times(self, steps: int) -> list[float]:
-        if steps < 1:
-            raise GolddiffError(f"steps is {steps}: give at least 1")
+        _check_steps(steps)
         self.scheduler.set_timesteps(steps)
         return list(dict.fromkeys(float(t) for t in self.scheduler.timesteps))
 
@@ -251,6 +256,11 @@ def schedule_named(name: str) -> Schedule:
     if name not in SCHEDULES:
         raise unknown("schedule", name, SCHEDULES)
     return SCHEDULES[name]()
+
+
+def _check_steps(steps: int) -> None:
+    if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
+        raise GolddiffError(f"steps is {steps!r}: give a whole number from 1 to {MOST_STEPS}")
 
 
 def _within(time: float, low: float, high: float) -> None:

@@ -68,7 +68,7 @@ class Recipe:
         for key, known in (("method", METHODS), ("schedule", SCHEDULES), ("sampler", SAMPLERS)):
             if not isinstance(chosen[key], str) or chosen[key] not in known:
                 raise unknown(key, chosen[key], known)
-        if not isinstance(chosen["options"], dict):
+        if not isinstance(chosen["options"], dict) or not all(isinstance(key, str) for key in chosen["options"]):
             raise GolddiffError(f"options is {chosen['options']!r}: write them as names and values")
         model = denoiser(chosen["method"], bank, **chosen["options"])
         if model.options.get("mask") is not None:
@@ -118,7 +118,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         settings = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise GolddiffError(f"recipe {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise GolddiffError(f"recipe {path} is neither YAML nor JSON ({' '.join(str(error).split())[:120]})") from error
     if not isinstance(settings, dict):
         raise GolddiffError(f"recipe {path} holds no settings: write lines such as 'method: golddiff'")
@@ -127,7 +127,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         if key not in known:
             raise unknown(f"key in recipe {path}", key, known)
     if settings.get("format", FORMAT) != FORMAT:
-        raise GolddiffError(f"recipe {path} is of format {settings['format']}, this is {FORMAT}: write it again")
+        raise GolddiffError(f"recipe {path} is of format {settings['format']!r}, this is {FORMAT}: write it again")
     return settings
 
 
@@ -143,7 +143,8 @@ def open_bank(stated: Any, **building: Any) -> Bank:
     """
     if isinstance(stated, str):
         return Bank.build(stated, progress=True, **building)
-    if not isinstance(stated, dict) or not (stated.get("path") or stated.get("name")):
+    named = isinstance(stated, dict) and any(isinstance(stated.get(key), str) for key in ("path", "name"))
+    if not named or not all(isinstance(stated.get(key), str | None) for key in ("path", "name", "fingerprint")):
         raise GolddiffError("the recipe names no bank: give one on the command line")
     wanted, path = stated.get("fingerprint"), stated.get("path")
     if path and (Path(path) / "bank.json").is_file():
@@ -195,7 +196,7 @@ def parse_labels(labels: Any, bank: Bank) -> list[int]:
         if isinstance(part, str) and text in bank.classes:
             numbers.append(bank.classes.index(text))
         elif type(part) is int or text.removeprefix("-").isdecimal():
-            numbers.append(int(text))
+            numbers.append(int(text[:20]))
         else:
             listed = ", ".join(bank.classes[:12]) or "none, only numbers"
             raise GolddiffError(f"no class is called '{text}': names here are {listed}")
@@ -205,7 +206,7 @@ def parse_labels(labels: Any, bank: Bank) -> list[int]:
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """`["k_max=5000", "mask_rule=published"]` -> a dictionary; values as in YAML."""
+    """`["k_max=5000", "mask_rule=published"]` -> a dictionary; values are numbers, true, false, null or text."""
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
@@ -216,12 +217,16 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """A value as in YAML, and numbers such as 1e-3, which YAML takes for text."""
-    try:
-        value = yaml.safe_load(text)
-        return float(value) if isinstance(value, str) else value
-    except (yaml.YAMLError, ValueError):
-        return text
+    """true, false, null, a whole number, a number, or the text itself."""
+    plain = {"true": True, "false": False, "null": None}
+    if text in plain:
+        return plain[text]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _items(value: Any, wrong: GolddiffError) -> Iterable[Any]:

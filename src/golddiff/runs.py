@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -70,6 +71,8 @@ def run(
     """
     if batch < 1:
         raise GolddiffError(f"batch is {batch}: give at least 1")
+    if denoiser.bank.shape[0] not in (1, 3, 4):
+        raise GolddiffError(f"{denoiser.bank.shape[0]} channels are no pictures: use golddiff.sample from Python")
     if not 0 <= nearest <= len(denoiser.bank):
         raise GolddiffError(f"nearest is {nearest}: give a number from 0 to {len(denoiser.bank)}, the rows of the bank")
     folder = _RunFolder(out, save_steps)
@@ -210,10 +213,14 @@ class _RunFolder:
         """`x_t` (scaled to unit variance) above the mean, step by step, for each seed."""
         pictures, labels, heads = [], [], []
         for seed in seeds:
-            with np.load(self.steps(seed)) as kept:
-                scaled = kept["x_t"] / kept["scale"][:, None, None, None]
-                pictures += [to_uint8(torch.from_numpy(scaled)), to_uint8(torch.from_numpy(kept["mean"]))]
-                heads = [f"time {time:.4g}" for time in kept["time"]]
+            try:
+                with np.load(self.steps(seed)) as kept:
+                    x_t, mean, scale, time = (kept[key] for key in ("x_t", "mean", "scale", "time"))
+            except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
+                raise GolddiffError(f"{self.steps(seed)} is damaged: remove it, and it is made again") from error
+            scaled = torch.from_numpy(x_t / scale[:, None, None, None])
+            pictures += [to_uint8(scaled), to_uint8(torch.from_numpy(mean))]
+            heads = [f"time {value:.4g}" for value in time]
             labels += [f"seed {seed}: x_t", "mean"]
         return grid(np.concatenate(pictures), len(heads), rows=labels, heads=heads)
 

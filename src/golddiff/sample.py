@@ -246,7 +246,11 @@ def trajectory(
         Step: with `posterior.mean`, `x_t`, `x_next`.
     """
     seeds = _checked_seeds(seeds)
-    schedule, sampler = schedule or DDPM(), sampler or DDIM()
+    schedule, sampler = (DDPM() if schedule is None else schedule), (DDIM() if sampler is None else sampler)
+    if not isinstance(schedule, Schedule) or not isinstance(sampler, Sampler):
+        raise GolddiffError("schedule and sampler are objects, such as gd.DDPM() and gd.DDIM()")
+    if dtype not in (torch.float32, torch.float64):
+        raise GolddiffError(f"dtype is {dtype}: give torch.float32 or torch.float64")
     levels = schedule.levels(steps)
     sampler.check(levels)
     x = initial_noise(seeds, denoiser.bank.shape, dtype).to(denoiser.bank.device) * schedule.init_noise_sigma
@@ -272,8 +276,8 @@ def sample(
         progress: show a progress bar.
     """
     seeds = _checked_seeds(seeds)
-    if batch < 1:
-        raise GolddiffError(f"batch is {batch}: give at least 1")
+    if type(batch) is not int or batch < 1:
+        raise GolddiffError(f"batch is {batch!r}: give a whole number of at least 1")
     each = per_image(NO_LABEL if labels is None else labels, len(seeds), "labels").tolist()
     out = []
     with tqdm(total=len(seeds) * steps, desc="sampling", unit="step", disable=None if progress else True) as bar:

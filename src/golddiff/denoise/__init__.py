@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..bank import Bank
-from ..errors import unknown
+from ..errors import GolddiffError, unknown
 from ..golden import Budget, Everything, GoldenSubset, Subset
 from ..locality import GivenMask, Masked, PCAMask
 from .base import Denoiser, per_image
@@ -53,7 +53,9 @@ def denoiser(name: str, bank: Bank, **options: Any) -> Denoiser:
     Raises:
         GolddiffError: an unknown name or option, or a value that is out of range.
     """
-    if name not in METHODS:
+    if not isinstance(bank, Bank):
+        raise GolddiffError(f"bank is a {type(bank).__name__}: give golddiff.Bank.build(...) or Bank.open(...)")
+    if not isinstance(name, str) or name not in METHODS:
         raise unknown("method", name, METHODS)
     chosen = dict(METHODS[name])
     for key, value in options.items():

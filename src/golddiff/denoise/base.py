@@ -77,7 +77,12 @@ class Denoiser(abc.ABC):
             only = None if wanted == NO_LABEL else wanted
             parts.append(self._posterior(part, noise[where], only, eligible[wanted], seeds[where]))
             items.append(where)
-        return Posterior.merge(parts, items, x_t, noise)
+        merged = Posterior.merge(parts, items, x_t, noise)
+        if not bool(torch.isfinite(merged.mean).all()):
+            raise GolddiffError(
+                f"x_t or sigma / alpha is out of the range of {x_t.dtype}: use float64, or smaller values"
+            )
+        return merged
 
     @abc.abstractmethod
     def _posterior(
@@ -94,6 +99,8 @@ class Denoiser(abc.ABC):
             raise GolddiffError("x_t holds no images: give at least one")
         if x_t.dtype not in (torch.float32, torch.float64):
             raise GolddiffError(f"x_t is {x_t.dtype}: convert it to float32 or float64")
+        if x_t.requires_grad and torch.is_grad_enabled():
+            raise GolddiffError("x_t requires grad, and no gradient flows through a denoiser: give x_t.detach()")
         if not bool(torch.isfinite(x_t).all()):
             raise GolddiffError("x_t has NaN or infinite values: check the step that made it")
         if x_t.device != self.bank.device:

@@ -36,8 +36,9 @@ class Wiener(Denoiser):
     ) -> Posterior:
         spectrum = self.bank.spectrum(label if self.statistics == "class" else None).to(x_t.device)
         mu, u, power = spectrum.mean, spectrum.eigenvectors, spectrum.eigenvalues
-        alpha, sigma = noise.like(x_t.flatten(1).double())
-        rest = x_t.flatten(1).double() - alpha * mu
+        size = torch.hypot(noise.alpha, noise.sigma)  # only ratios matter, and squares of tiny levels vanish
+        alpha, sigma = Noise(noise.alpha / size, noise.sigma / size).like(x_t.flatten(1).double())
+        rest = x_t.flatten(1).double() / size[:, None].to(x_t.device) - alpha * mu
         inside = rest @ u
         total = alpha**2 * power + sigma**2
         mean = mu + (alpha * power / total * inside) @ u.T

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 import zipfile
 import zlib
@@ -51,10 +52,14 @@ def read_zip(path: Path, **options: Any) -> Images:
 def find_shards(folder: Path, split: str) -> list[Path]:
     """The tar shards of a split (named so, or the only kind there is); [] if the folder has none."""
     files = sorted(folder.glob("*.tar"))
-    chosen = [f for f in files if split in f.name]
-    if files and not chosen and (split != "train" or any(other in f.name for other in SPLITS for f in files)):
+    chosen = [f for f in files if _says(f, split)]
+    if files and not chosen and (split != "train" or any(_says(f, other) for other in SPLITS for f in files)):
         raise GolddiffError(f"{folder} has no split '{split}': it holds {', '.join(f.name for f in files[:6])}")
     return chosen or files
+
+
+def _says(file: Path, split: str) -> bool:
+    return re.search(rf"(?<![a-z]){re.escape(split)}(?![a-z])", file.name) is not None
 
 
 def read_tars(files: list[Path], **options: Any) -> Images:

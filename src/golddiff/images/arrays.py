@@ -8,6 +8,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+from PIL import Image
 
 from ..errors import GolddiffError
 from .core import NO_LABEL, Images
@@ -17,6 +18,7 @@ __all__ = ["from_array", "from_dataset", "read_numpy"]
 CHANNELS = (1, 3, 4)
 IMAGE_KEYS = ("arr_0", "images", "x")
 LABEL_KEYS = ("arr_1", "labels")
+LARGEST_LABEL = 2**31 - 1
 LAYOUTS = ("NHWC", "NCHW", "NHW")
 
 
@@ -61,11 +63,19 @@ def from_dataset(dataset: Any) -> Images:
     """
 
     def item(i: int) -> tuple[np.ndarray, int]:
-        value = dataset[i]
+        try:
+            value = dataset[i]
+        except Exception as error:  # whatever a foreign data set raises
+            raise GolddiffError(f"item {i} of the data set cannot be read ({type(error).__name__}: {error})") from error
         picture, label = (
             (value[0], value[1]) if isinstance(value, tuple | list) and len(value) > 1 else (value, NO_LABEL)
         )
-        array = np.asarray(picture[0] if isinstance(picture, tuple | list) else picture)
+        picture = picture[0] if isinstance(picture, tuple | list) else picture
+        if isinstance(picture, Image.Image):
+            picture = picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB")
+        if np.ndim(label) or np.asarray(label).dtype.kind not in "iu":
+            raise GolddiffError(f"item {i} has the label {label!r}: give a whole number")
+        array = np.asarray(picture)
         if array.ndim == 2:
             return array[None], int(label)
         layout = guess_layout((1, *array.shape))
@@ -134,8 +144,10 @@ def read_numpy(path: Path, layout: str | None = None) -> Images:
     """A `.npy` file of pictures, or a `.npz` with `arr_0`, `images` or `x` and labels in `arr_1` or `labels`."""
     try:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError, BadZipFile) as error:
-        raise GolddiffError(f"{path} is not a readable NumPy file ({error}): save it again") from error
+    except PermissionError:
+        raise
+    except Exception as error:  # a file that is none fails in any way
+        raise GolddiffError(f"{path} is not a readable NumPy file of plain numbers: save it again") from error
     if isinstance(loaded, np.ndarray):
         return from_array(loaded, layout=layout)
     with loaded:
@@ -148,7 +160,7 @@ def read_numpy(path: Path, layout: str | None = None) -> Images:
         try:
             pictures, labels = loaded[key], loaded[label_key] if label_key else None
         except (BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
-            raise GolddiffError(f"{path} is damaged ({error}): save it again") from error
+            raise GolddiffError(f"{path} is damaged or holds objects, not numbers: save it again") from error
         return from_array(pictures, labels, layout)
 
 
@@ -162,4 +174,6 @@ def _labels(labels: Any, count: int) -> np.ndarray:
         raise GolddiffError(f"labels of shape {labels.shape} for {count} pictures: give one integer each")
     if not np.issubdtype(labels.dtype, np.integer):
         raise GolddiffError(f"labels are {labels.dtype}: give whole numbers, -1 for none")
+    if count and labels.max() > LARGEST_LABEL:
+        raise GolddiffError(f"label {labels.max()}: give whole numbers up to {LARGEST_LABEL}")
     return labels.astype(np.int64)

@@ -41,6 +41,8 @@ class Images:
             raise GolddiffError(
                 f"{len(self.ids)} pictures but {len(self.labels)} labels: give one label for each picture"
             )
+        if min(self.shape) < 1:
+            raise GolddiffError(f"pictures of shape {self.shape}: they need at least one pixel")
         if len(self.labels) and self.labels.min() < NO_LABEL:
             raise GolddiffError(f"label {self.labels.min()}: give whole numbers from 0 on, or -1 for none")
         if len(self.ids) == 0:

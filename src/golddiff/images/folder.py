@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +32,7 @@ def read_folder(folder: Path, split: str, **options: Any) -> Images:
         folder = folder / split
     else:
         only_train(folder, split)
-    found = (
-        p
-        for p in folder.rglob("*")
-        if p.suffix.lower() in SUFFIXES
-        and not any(part.startswith(".") for part in p.relative_to(folder).parts)
-        and p.is_file()
-    )
-    files = sorted(found, key=Path.as_posix)
+    files = sorted(_pictures_below(folder), key=Path.as_posix)
     if not files:
         raise GolddiffError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))}), nor do its sub-folders")
     ids = [file.relative_to(folder).as_posix() for file in files]
@@ -66,3 +61,14 @@ def by_first_folder(names: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:
         raise GolddiffError(f"there are pictures beside class folders ({stray}, {classes[1]}/): move them into one")
     numbers = {name: i for i, name in enumerate(classes)}
     return np.array([numbers[top] for top in tops], dtype=np.int64), tuple(classes)
+
+
+def _pictures_below(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for top, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
+                yield Path(top) / name

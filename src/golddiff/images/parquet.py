@@ -32,6 +32,8 @@ def find_parquet(folder: Path, split: str) -> list[Path]:
 def read_parquet(files: list[Path], **options: Any) -> Images:
     """Pictures of parquet files, one after the other. Ids are row numbers over all files."""
     columns = [_columns(file) for file in files]
+    if len({label for _, label in columns}) > 1:
+        raise GolddiffError(f"{files[0].parent}: some files have labels and some have none, or under another name")
     counts = [pq.ParquetFile(file).metadata.num_rows for file in files]
     starts = np.concatenate([[0], np.cumsum(counts)])
     labels = np.concatenate([_labels(f, c[1], n) for f, c, n in zip(files, columns, counts, strict=True)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,18 +16,9 @@ from .core import Images
 
 __all__ = ["EncodedPicture", "decoded"]
 
+LARGEST_SIDE = 4096
 GREY = ("1", "L", "LA")
 EIGHT_BIT = (*GREY, "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-DECODE_ERRORS = (
-    UnidentifiedImageError,
-    OSError,
-    EOFError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    struct.error,
-    Image.DecompressionBombError,
-)
 
 
 @dataclass(frozen=True)
@@ -63,8 +53,8 @@ def decoded(
         limit: stop after so many pictures.
         skip_broken: leave out pictures that cannot be used (each is decoded once to find out).
     """
-    if size is not None and size < 1:
-        raise GolddiffError(f"size is {size}: give a side of at least 1 pixel")
+    if size is not None and not 1 <= size <= LARGEST_SIDE:
+        raise GolddiffError(f"size is {size}: give a side of 1 to {LARGEST_SIDE} pixels")
     first: tuple[str, tuple[int, int]] | None = None
     grey = True
     kept: list[int] = []
@@ -116,7 +106,7 @@ def _header(picture: EncodedPicture) -> tuple[tuple[int, int], str]:
     """Size (as seen upright) and mode, from the header alone; refuses what is not an 8-bit still picture."""
     try:
         with _open(picture) as image:
-            deep = image.format in ("PNG", "TIFF") and any(";16" in str(tile) for tile in image.tile)  # type: ignore[attr-defined]
+            deep = _is_deep(image)
             if image.mode not in EIGHT_BIT or deep:
                 kind = f"{image.mode} of 16 bits" if deep else image.mode
                 raise GolddiffError(
@@ -131,8 +121,14 @@ def _header(picture: EncodedPicture) -> tuple[tuple[int, int], str]:
             return size, image.mode
     except GolddiffError:
         raise
-    except DECODE_ERRORS as error:
+    except Exception as error:  # decoders of foreign files fail in any way
         raise _broken(picture, error) from error
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether the file has 16 bits a channel, which Pillow reads as 8 without a word."""
+    tiles = str(getattr(image, "tile", ""))
+    return (image.format in ("PNG", "TIFF") and ";16" in tiles) or (image.format == "PPM" and "65535" in tiles)
 
 
 def _pixels(picture: EncodedPicture, grey: bool, size: int | None) -> np.ndarray:
@@ -150,7 +146,7 @@ def _pixels(picture: EncodedPicture, grey: bool, size: int | None) -> np.ndarray
             pixels = np.asarray(image)
     except GolddiffError:
         raise
-    except DECODE_ERRORS as error:
+    except Exception as error:  # decoders of foreign files fail in any way
         raise _broken(picture, error) from error
     return pixels[None] if grey else np.moveaxis(pixels, 2, 0)
 

@@ -35,9 +35,13 @@ def find_source(source: str | Path) -> str | Path:
     folder of that name.
     """
     text = str(source)
+    if not text or text == HUB_PREFIX:
+        raise GolddiffError("the source has no name: give a path or a known name")
     if text in BUILT_IN or text.startswith(HUB_PREFIX):
         return text
     root = os.environ.get("GOLDDIFF_DATA")
+    if root and not Path(root).is_dir():
+        raise GolddiffError(f"GOLDDIFF_DATA is {root}, which is no folder: correct or unset it")
     named = Path(root) / text if root and text else None
     path = Path(source).expanduser()
     if text in KNOWN:
@@ -82,6 +86,9 @@ def open_source(
         flip: add the mirror image of each, after all of them.
         skip_broken: leave out encoded pictures that cannot be used.
     """
+    for name, value in (("limit", limit), ("size", size)):
+        if value is not None and type(value) is not int:
+            raise GolddiffError(f"{name} is {value!r}: give a whole number")
     if limit is not None and limit < 1:
         raise GolddiffError(f"limit is {limit}: give a number of pictures of at least 1")
     if isinstance(source, str | Path):
@@ -90,16 +97,22 @@ def open_source(
         encoded = {"size": size, "skip_broken": skip_broken, "limit": limit}
         try:
             images = _from_path(find_source(source), split, layout, encoded)
+        except GolddiffError:
+            raise
         except OSError as error:
             raise GolddiffError(
                 f"{source} cannot be read ({error.strerror or error}): check its permissions"
             ) from error
+        except Exception as error:  # readers of foreign files fail in any way
+            raise GolddiffError(f"{source} cannot be read ({type(error).__name__}: {error}): make it again") from error
     elif isinstance(source, np.ndarray | torch.Tensor):
         images = from_array(source, labels, layout)
     elif isinstance(source, Images):
         images = source
-    else:
+    elif callable(getattr(source, "__getitem__", None)) and callable(getattr(source, "__len__", None)):
         images = from_dataset(source)
+    else:
+        raise GolddiffError(f"a source of type {type(source).__name__}: give a path, an array, a tensor or a data set")
     if size is not None and images.shape[1:] != (size, size):
         raise GolddiffError(
             f"these are arrays of {images.shape[1]} x {images.shape[2]}: --size is for encoded pictures; "
@@ -125,7 +138,7 @@ def _from_path(found: str | Path, split: str, layout: str | None, encoded: dict[
             return read_tars(files, **encoded)
         idx = find_idx(found, split)
         return read_folder(found, split, **encoded) if idx is None else read_idx(idx)
-    if found.suffix in (".zip", ".npz", ".npy"):
+    if found.suffix in (".zip", ".npz", ".npy", ".bin") or "ubyte" in found.name:
         only_train(found, split)
     if found.suffix == ".parquet":
         return read_parquet([found], **encoded)
