@@ -101,20 +101,12 @@ def test_bad_recipes_are_refused(tmp_path, capsys, text, message):
 
 
 def start(out, *extra):
-    command = [
-        sys.executable,
-        "-m",
-        "golddiff",
-        "sample",
-        "mnist5k",
-        "--seeds",
-        "0-11",
-        "--batch",
-        "2",
-        "--out",
-        str(out),
-    ]
-    return subprocess.Popen([*command, *extra], stderr=subprocess.PIPE, text=True, env=os.environ)
+    command = [sys.executable, "-m", "golddiff", "sample", "mnist5k", "--seeds", "0-11", "--batch", "2", "--out", out]
+
+    def heed_interrupts():  # background jobs of a shell ignore them
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen([*command, *extra], stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
 
 
 def wait_for_pictures(out, count):
