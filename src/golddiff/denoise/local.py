@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -9,15 +10,17 @@ from torch import Tensor
 
 from ..bank import Bank
 from ..errors import GolddiffError
-from ..golden import Everything, Subset
+from ..golden import Everything, Subset, Support
 from ..locality import Masked
 from ..noise import Noise
 from ..posterior import Posterior, RunningSoftmax, softmax_of_rows
 from .base import Denoiser
+from .compiled import MaskRuns, masked_softmax, usable
 
 __all__ = ["MaskedDenoiser"]
 
 BLOCK = 512
+RUNS_IN_MEMORY = 32
 
 
 class MaskedDenoiser(Denoiser):
@@ -51,6 +54,7 @@ class MaskedDenoiser(Denoiser):
         self.bank, self.locality, self.options = bank, locality, options or {}
         self.subset = subset or Everything(bank)
         self.legacy_batch = legacy_batch
+        self._runs: OrderedDict[tuple[int, int | None], MaskRuns] = OrderedDict()
         if legacy_batch:
             self.properties = frozenset({"convex"})
         elif not isinstance(self.subset, Everything):
@@ -59,31 +63,25 @@ class MaskedDenoiser(Denoiser):
     def _posterior(
         self, x_t: Tensor, noise: Noise, label: int | None, eligible: Tensor | None, seed: Tensor
     ) -> Posterior:
-        mask = self._mask(x_t, noise, label)
+        mask = self.locality.mask(noise[0], label)
         support = self.subset.select(x_t, noise, self.locality, eligible, seed)
         q, s = self.bank.query(x_t, noise)
-        sums: list[list[RunningSoftmax]] = [[] for _ in q]
-        block = self.legacy_batch or BLOCK
-        for images, rows in support.blocks(block):
-            v = self.bank.centred(rows, x_t.dtype)
-            for b in images:
-                if self.legacy_batch or not sums[b]:
-                    sums[b].append(RunningSoftmax())
-                sums[b][-1].add(masked_logits(q[b], s[b], v, mask), v)
+        if not self.legacy_batch and usable(self.bank, x_t, mask, len(support.rows_of(0))):
+            mean, log_total, ess = self._compiled(x_t, noise, mask, label, support)
+        else:
+            mean, log_total, ess = self._blocked(q, s, mask.to(x_t.device).to(x_t.dtype), support)
 
         def weigh(b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
-            rows, columns = support.rows_of(b), self._mask(x_t, noise, label)
+            rows, columns = support.rows_of(b), self.locality.mask(noise[0], label).to(x_t.device).to(x_t.dtype)
             columns = columns if pixels is None else columns[:, pixels]
             logits = [
-                masked_logits(q[b], s[b], self.bank.centred(part, x_t.dtype), columns) for part in rows.split(block)
+                masked_logits(q[b], s[b], self.bank.centred(part, x_t.dtype), columns)
+                for part in rows.split(self.legacy_batch or BLOCK)
             ]
             if self.legacy_batch:
                 return rows, torch.cat([softmax_of_rows(part.T)[0].T for part in logits]) / len(logits)
             return rows, softmax_of_rows(torch.cat(logits).T)[0].T
 
-        mean = torch.stack([torch.stack([part.mean for part in parts]).mean(0) for parts in sums])
-        log_total = torch.stack([torch.stack([part.log_total for part in parts]).logsumexp(0) for parts in sums])
-        ess = torch.stack([len(parts) ** 2 / torch.stack([1 / part.ess for part in parts]).sum(0) for parts in sums])
         return Posterior(
             mean=self.bank.uncentred(mean).to(x_t.dtype).reshape(x_t.shape),
             log_evidence=(log_total - support.eligible.double().log()[:, None].to(x_t.device)).reshape(x_t.shape),
@@ -94,8 +92,33 @@ class MaskedDenoiser(Denoiser):
             _weigh=weigh,
         )
 
-    def _mask(self, x_t: Tensor, noise: Noise, label: int | None) -> Tensor:
-        return self.locality.mask(noise[0], label).to(x_t.device).to(x_t.dtype)
+    def _blocked(self, q: Tensor, s: Tensor, mask: Tensor, support: Support) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean of the centred rows, log of the total, and ess, `(B, D)` each, by products with the mask."""
+        sums: list[list[RunningSoftmax]] = [[] for _ in q]
+        for images, rows in support.blocks(self.legacy_batch or BLOCK):
+            v = self.bank.centred(rows, q.dtype)
+            for b in images:
+                if self.legacy_batch or not sums[b]:
+                    sums[b].append(RunningSoftmax())
+                sums[b][-1].add(masked_logits(q[b], s[b], v, mask), v)
+        mean = torch.stack([torch.stack([part.mean for part in parts]).mean(0) for parts in sums])
+        log_total = torch.stack([torch.stack([part.log_total for part in parts]).logsumexp(0) for parts in sums])
+        ess = torch.stack([len(parts) ** 2 / torch.stack([1 / part.ess for part in parts]).sum(0) for parts in sums])
+        return mean, log_total, ess
+
+    def _compiled(
+        self, x_t: Tensor, noise: Noise, mask: Tensor, label: int | None, support: Support
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same by the compiled kernel; the runs of recent masks are kept."""
+        key = (int(noise.angle[0]), label)
+        runs = self._runs.pop(key, None) or MaskRuns.of(mask)
+        self._runs[key] = runs
+        if len(self._runs) > RUNS_IN_MEMORY:
+            self._runs.popitem(last=False)
+        q, s = self.bank.query(x_t.double(), noise)
+        parts = [masked_softmax(self.bank, q[b], s[b], support.rows_of(b), runs) for b in range(len(q))]
+        mean, log_total, ess = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
+        return mean, log_total, ess
 
 
 def masked_logits(q: Tensor, s: Tensor, v: Tensor, mask: Tensor) -> Tensor:

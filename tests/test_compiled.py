@@ -1,0 +1,115 @@
+"""The compiled kernel of masked softmaxes, against the same in float64 by plain products."""
+
+import numpy as np
+import pytest
+import torch
+
+import golddiff as gd
+from conftest import noisy, toy_arrays
+from golddiff.denoise import compiled
+from golddiff.denoise.compiled import MaskRuns
+
+pytest.importorskip("numba")
+
+LEVELS = [999, 900, 600, 300, 100, 0]
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Takes the kernel for small work too."""
+    monkeypatch.setattr(compiled, "WORTH", 0)
+
+
+def masks(size):
+    random = torch.rand(size, size, generator=torch.Generator().manual_seed(1))
+    return {
+        "stable": None,
+        "random": random < 0.3,
+        "dense": random < 0.97,
+        "ones": torch.ones(size, size, dtype=torch.bool),
+        "zeros": torch.zeros(size, size, dtype=torch.bool),
+        "identity": torch.eye(size, dtype=torch.bool),
+        "some empty columns": (random < 0.3) & (torch.arange(size) % 3 > 0),
+    }
+
+
+def check(denoiser, x_t, noise, atol, **options):
+    """Kernel in float32 against products in float64."""
+    fast, exact = denoiser(x_t.float(), noise, **options), denoiser(x_t.float().double(), noise, **options)
+    assert float((fast.mean - exact.mean).abs().max()) < atol
+    assert torch.allclose(fast.ess, exact.ess, rtol=max(20 * atol, 1e-5))
+    assert torch.allclose(fast.log_evidence, exact.log_evidence, atol=max(20 * atol, 1e-4), rtol=1e-6)
+
+
+@pytest.mark.parametrize("t", LEVELS)
+@pytest.mark.parametrize("kind", masks(2))
+@pytest.mark.usefixtures("always")
+def test_kernel_is_the_product(t, kind):
+    bank = gd.Bank.build(toy_arrays(200)[0])
+    noise = gd.DDPM()(t)
+    check(gd.denoiser("pca", bank, mask=masks(60)[kind]), noisy(bank, noise), noise, 5e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 511, 512, 513, 700])
+@pytest.mark.usefixtures("always")
+def test_any_number_of_rows(count):
+    bank = gd.Bank.build(toy_arrays(count)[0])
+    noise = gd.DDPM()(600)
+    check(gd.denoiser("pca", bank), noisy(bank, noise, rows=[0]), noise, 5e-5)
+
+
+@pytest.mark.parametrize("rho", [1e-4, 1e-2, 1.0, 1e2, 1e4])
+@pytest.mark.parametrize("name", ["pca", "golddiff"])
+@pytest.mark.usefixtures("always")
+def test_all_levels_of_noise(digits, rho, name):
+    noise = gd.Noise(1.0, rho)
+    check(
+        gd.denoiser(name, digits),
+        noisy(digits, noise, rows=range(4)),
+        noise,
+        5e-5,
+        label=[-1, 3, -1, 4],
+        seed=[1, 2, 3, 4],
+    )
+
+
+@pytest.mark.usefixtures("always")
+def test_float64_sums_are_exact(digits, monkeypatch):
+    monkeypatch.setattr(compiled, "RESOLUTION", 0.0)
+    for t in LEVELS:
+        noise = gd.DDPM()(t)
+        check(gd.denoiser("pca", digits), noisy(digits, noise), noise, 2e-6)
+
+
+@pytest.mark.usefixtures("always")
+def test_threads_do_not_change_a_bit(digits):
+    noise = gd.DDPM()(500)
+    denoiser, x_t = gd.denoiser("pca", digits), noisy(digits, noise, dtype=torch.float32)
+    before = torch.get_num_threads()
+    both = denoiser(x_t, noise).mean
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(denoiser(x_t, noise).mean, both)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(denoiser(x_t[1:2], noise).mean[0], both[1])
+
+
+def test_work_that_it_does_not_take(digits, monkeypatch):
+    x_t, mask = torch.zeros(1, 1, 8, 8), torch.ones(64, 64, dtype=torch.bool)
+    floats = gd.Bank.build(np.zeros((5, 8, 8), np.float32), layout="NHW")
+    monkeypatch.setattr(compiled, "WORTH", 0)
+    assert compiled.usable(digits, x_t, mask, 1797)
+    assert not compiled.usable(floats, x_t, mask, 1797)
+    assert not compiled.usable(digits, x_t.double(), mask, 1797)
+    assert not compiled.usable(digits, x_t, mask.float(), 1797)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not compiled.usable(digits, x_t, mask, 1797)
+
+
+def test_runs_of_a_mask():
+    mask = torch.tensor([[1, 0, 0, 1], [1, 0, 1, 0], [0, 0, 1, 1], [1, 0, 1, 1]]).bool()
+    runs = MaskRuns.of(mask)
+    columns = [runs.ends[runs.start[m] : runs.start[m + 1]].tolist() for m in range(4)]
+    assert columns == [[0, 2, 3, 4], [], [1, 4], [0, 1, 2, 4]]
+    assert runs.largest == 3
