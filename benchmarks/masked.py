@@ -69,8 +69,9 @@ def measure(denoiser, x_t: torch.Tensor, noise: gd.Noise, rounds: int) -> dict[s
             times[name].append(seconds)
             difference = float((mean.flatten(1) - torch.stack(means)).abs().max())
             assert difference < 1e-3, f"{name} differs from dense by {difference}"
-        everything = torch.tensor(seeds)
-        seconds, _ = timed(lambda: subset.select(x_t, noise.expand(batch), denoiser.locality, None, everything))
+        seconds, _ = timed(
+            lambda: subset.select(x_t, noise.expand(batch), denoiser.locality, None, torch.tensor(seeds))
+        )
         times["retrieval"].append(seconds)
     return {name: statistics.median(values[1:]) / batch for name, values in times.items()}
 
