@@ -120,7 +120,6 @@ def _kernel(whole: bool) -> Any:
     kept = np.int32 if whole else np.float64
     lanes, rounding, ln2 = (LANES if whole else LANES // 2), whole, math.log(2)
 
-    @njit(parallel=True, cache=True, boundscheck=False)
     def kernel(pixels, centre, q, s, rows, start, ends, unit):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
         size, count = len(q), len(rows)
         chunks = (count + CHUNK - 1) // CHUNK
@@ -193,4 +192,7 @@ def _kernel(whole: bool) -> Any:
                     means[c, m] += mean
         return peaks, totals, squares, means
 
-    return kernel
+    try:
+        return njit(parallel=True, cache=True)(kernel)
+    except RuntimeError:  # nowhere to keep compiled code: compile in every process
+        return njit(parallel=True)(kernel)
