@@ -230,6 +230,10 @@ class DiffusersSchedule(Schedule):
             return [(time, self(time)) for time in times]
         # some schedulers repeat levels within a step; the clean end is left out
         sigmas = list(dict.fromkeys(float(s) for s in self.scheduler.sigmas if float(s) > 0))
+        if len(sigmas) != len(times) or sigmas != sorted(sigmas, reverse=True):
+            raise GolddiffError(
+                f"the levels of {type(self.scheduler).__name__} are not understood: take another scheduler"
+            )
         self.init_noise_sigma = 1.0 if self.is_flow else float(self.scheduler.init_noise_sigma)
         return [(t, Noise(1 - s if self.is_flow else 1.0, s)) for t, s in zip(times, sigmas, strict=True)]
 
@@ -242,7 +246,7 @@ class DiffusersSchedule(Schedule):
         if not self.is_vp:
             raise GolddiffError("the levels of this scheduler depend on the number of steps: use levels(steps)")
         table = self.scheduler.alphas_cumprod
-        if time != int(time) or not 0 <= time < len(table):
+        if not 0 <= time < len(table) or time != int(time):
             raise GolddiffError(f"time {time}: give a whole number from 0 to {len(table) - 1}")
         abar = table[int(time)].double()
         return Noise(abar.sqrt(), (1 - abar).sqrt())
