@@ -395,6 +395,14 @@ def test_real_data(name, count, shape):
     assert len(gd.open_source(name, split="test")) == 10000
 
 
+def test_real_photographs_in_class_folders():
+    outside("GOLDDIFF_DATA")
+    images = gd.open_source("imagenet_sample", size=16)
+    assert (len(images), images.shape, len(images.classes)) == (1000, (3, 16, 16), 1000)
+    assert images.labels.tolist() == list(range(1000))
+    assert images.read(3, 5).std() > 10
+
+
 def test_built_in_digits_are_those_of_their_packages():
     from sklearn.datasets import load_digits
 

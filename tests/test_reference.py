@@ -63,7 +63,15 @@ def test_given_the_pool_the_golden_rows_are_the_same(case, t):
         assert torch.allclose(mine.sort().values, yours.sort().values, rtol=1e-6)  # ties only
 
 
+@pytest.fixture(params=["kernel", "products"])
+def path(request, monkeypatch):
+    """With the compiled kernel (where it is installed and the work is worth it), and without."""
+    if request.param == "products":
+        monkeypatch.setattr("golddiff.denoise.compiled.WORTH", float("inf"))
+
+
 @pytest.mark.parametrize("t", TIMES)
+@pytest.mark.usefixtures("path")
 def test_given_mask_and_rows_golddiff_agrees(case, t):
     bank, stored, i, noise, x_t, mask = at(case, t)
     denoiser = MaskedDenoiser(bank, GivenMask(mask, bank.D), GivenRows(stored["golddiff"][f"golden_{t}"]))
@@ -71,6 +79,7 @@ def test_given_mask_and_rows_golddiff_agrees(case, t):
 
 
 @pytest.mark.parametrize("t", TIMES)
+@pytest.mark.usefixtures("path")
 def test_given_the_mask_pca_locality_agrees(case, t):
     bank, stored, i, noise, x_t, mask = at(case, t)
     exact = gd.denoiser("pca", bank, mask=mask)(x_t, noise)

@@ -226,14 +226,9 @@ class Bank:
             wrong.append("the fingerprint is not that of the pixels and labels")
         for file in sorted((self.path / DERIVED).glob("*.safetensors")):
             try:
-                with safe_open(file, "pt") as opened:
-                    stated = (opened.metadata() or {}).get("hash")
-                    tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            except (SafetensorError, OSError) as error:
-                wrong.append(f"{DERIVED}/{file.name}: {error}; remove it, it will be made again")
-            else:
-                if stated != _hash_tensors(tensors):
-                    wrong.append(f"{DERIVED}/{file.name}: its bytes were changed; remove it, it will be made again")
+                _read_derived(file)
+            except GolddiffError as error:
+                wrong.append(str(error))
         return wrong
 
     def to(self, device: str | torch.device) -> Bank:
@@ -331,8 +326,8 @@ class Bank:
             return self._kept[name]
         file = self.path / DERIVED / f"{name}.safetensors" if self.path else None
         stamp = {"fingerprint": self.fingerprint, "format": str(DERIVED_FORMAT)}
-        tensors = _load_derived(file, stamp) if file and file.exists() else None
-        if tensors is None:
+        metadata, tensors = _read_derived(file) if file and file.exists() else ({}, {})
+        if not stamp.items() <= metadata.items():  # not there, or of another bank or version
             tensors = {k: t.contiguous() for k, t in compute().items()}
             # a bank that cannot be written to still works; it only forgets
             if file and os.access(file.parent if file.parent.exists() else self.path, os.W_OK):  # type: ignore[arg-type]
@@ -362,19 +357,17 @@ def _checksum(meta: dict[str, Any]) -> str:
     return hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
 
 
-def _load_derived(file: Path, stamp: dict[str, str]) -> dict[str, Tensor] | None:
-    """The tensors of a file, or None if they are of another bank or of another version."""
+def _read_derived(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file, if its bytes are those that were written."""
     try:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
-            if any(metadata.get(key) != value for key, value in stamp.items()):
-                return None
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            if metadata.get("hash") == _hash_tensors(tensors):
-                return tensors
+        if metadata.get("hash") != _hash_tensors(tensors):
             raise SafetensorError("its bytes were changed")
     except (SafetensorError, OSError) as error:
         raise GolddiffError(f"{file} is damaged ({error}): remove it, it will be made again") from error
+    return metadata, tensors
 
 
 def _hash_tensors(tensors: dict[str, Tensor]) -> str:

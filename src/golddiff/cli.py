@@ -176,13 +176,9 @@ def sample(source: str | None, options: tuple[str, ...], **given: Any) -> None:
     held = _bank_of(source, stated, building)
     recipe, model = Recipe.resolve(held.to(device), settings)
     out = given["out"] or _default_out(source or stated, held, recipe.method, {**settings, **building})
-    if (
-        source
-        and Path(source).is_dir()
-        and held.path != Path(source)
-        and out.resolve().is_relative_to(Path(source).resolve())
-    ):
-        raise GolddiffError(f"{out} would lie among the pictures of {source}: give --out, elsewhere")
+    pictures = Path(source).resolve() if source and Path(source).is_dir() else None
+    if source and pictures and held.path != Path(source) and out.resolve().is_relative_to(pictures):
+        raise GolddiffError(f"{out} would lie among the pictures of {source}: give another --out")
     _say_what_to_expect(held, recipe, given["skip_broken"])
     count = run(model, recipe, out, **{key: given[key] for key in ("batch", "save_steps", "nearest", "force")})
     click.echo(f"{count} images in {out}: look at {out / 'grid.png'}")
@@ -329,5 +325,7 @@ def main() -> None:
         click.echo(f"golddiff: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("golddiff: stopped; what is finished is kept, and the same command goes on from there", err=True)
+        click.echo(
+            "golddiff: stopped; finished batches of images are kept, and the same command goes on from there", err=True
+        )
         sys.exit(130)

@@ -29,9 +29,13 @@ def cached_path(source: str | Path, options: dict[str, Any]) -> Path:
     found = find_source(source)
     signature: list[Any] = [FORMAT, str(found) if isinstance(found, str) else str(found.resolve()), options]
     if isinstance(found, Path):
-        # with a single file come those that belong to it: labels of IDX files, names of classes
-        beside = [p for ending in ("*ubyte*", "*.txt") for p in found.parent.glob(ending)]
-        files = [found, *sorted(beside)] if found.is_file() else sorted(p for p in found.rglob("*") if p.is_file())
+        # with a single file come those that belong to it: labels of IDX files, class names of CIFAR's
+        belonging = "*ubyte*" if "ubyte" in found.name else "*.txt" if found.suffix == ".bin" else found.name
+        files = (
+            [found, *sorted(found.parent.glob(belonging))]
+            if found.is_file()
+            else sorted(p for p in found.rglob("*") if p.is_file())
+        )
         signature += [(os.fsencode(p).hex(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     digest = hashlib.blake2b(json.dumps(signature).encode(), digest_size=6).hexdigest()
     return cache_folder() / "banks" / f"{Path(str(found)).stem}-{digest}"

@@ -43,8 +43,8 @@ def read_zip(path: Path, **options: Any) -> Images:
     else:
         labels, classes = _listed_labels(path, listed, names), ()
 
-    def fetch(start: int, stop: int) -> list[EncodedPicture]:
-        return [EncodedPicture(f"{path.name}/{e.filename}", _read(path, archive, e)) for e in entries[start:stop]]
+    def fetch(i: int) -> EncodedPicture:
+        return EncodedPicture(f"{path.name}/{names[i]}", _read(path, archive, entries[i]))
 
     return decoded(len(entries), fetch, labels, names, classes, **options)
 
@@ -77,13 +77,11 @@ def read_tars(files: list[Path], **options: Any) -> Images:
             samples.append((file, name, offset, size))
             labels.append(label)
 
-    def fetch(start: int, stop: int) -> list[EncodedPicture]:
-        out = []
-        for file, name, offset, size in samples[start:stop]:
-            with file.open("rb") as stream:
-                stream.seek(offset)
-                out.append(EncodedPicture(f"{file.name}/{name}", stream.read(size)))
-        return out
+    def fetch(i: int) -> EncodedPicture:
+        file, name, offset, size = samples[i]
+        with file.open("rb") as stream:
+            stream.seek(offset)
+            return EncodedPicture(f"{file.name}/{name}", stream.read(size))
 
     ids = [f"{file.name}/{name}" for file, name, _, _ in samples]
     return decoded(len(samples), fetch, np.array(labels, dtype=np.int64), ids, **options)

@@ -38,8 +38,8 @@ def read_folder(folder: Path, split: str, **options: Any) -> Images:
     ids = [file.relative_to(folder).as_posix() for file in files]
     labels, classes = by_first_folder(ids)
 
-    def fetch(start: int, stop: int) -> list[EncodedPicture]:
-        return [EncodedPicture(str(file), file) for file in files[start:stop]]
+    def fetch(i: int) -> EncodedPicture:
+        return EncodedPicture(str(files[i]), files[i])
 
     return decoded(len(files), fetch, labels, ids, classes, **options)
 

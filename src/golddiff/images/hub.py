@@ -46,11 +46,8 @@ def read_hub(name: str, split: str, **options: Any) -> Images:
     classes = tuple(kind.names) if isinstance(kind, datasets.ClassLabel) else ()
     encoded = table.cast_column(column, datasets.Image(decode=False)).select_columns([column])
 
-    def fetch(start: int, stop: int) -> list[EncodedPicture]:
-        cells = encoded[start:stop][column]
-        return [
-            EncodedPicture(f"hf:{name} row {start + i}", cell["bytes"] or Path(cell["path"]))
-            for i, cell in enumerate(cells)
-        ]
+    def fetch(i: int) -> EncodedPicture:
+        cell = encoded[i][column]
+        return EncodedPicture(f"hf:{name} row {i}", cell["bytes"] or Path(cell["path"]))
 
     return decoded(len(table), fetch, labels, [str(i) for i in range(len(table))], classes, **options)

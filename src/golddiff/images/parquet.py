@@ -43,18 +43,15 @@ def read_parquet(files: list[Path], **options: Any) -> Images:
         name = columns[shard][0]
         return _read(files[shard], name)
 
-    def fetch(start: int, stop: int) -> list[EncodedPicture]:
-        out = []
-        for row in range(start, stop):
-            shard = int(np.searchsorted(starts, row, side="right")) - 1
-            local = row - int(starts[shard])
-            cell = pictures(shard)[local].as_py()
-            data = cell.get("bytes") if isinstance(cell, dict) else cell
-            name = f"{files[shard].name} row {local}"
-            if not data:
-                raise GolddiffError(f"{name} has no picture bytes: it must be stored in the file itself")
-            out.append(EncodedPicture(name, data))
-        return out
+    def fetch(row: int) -> EncodedPicture:
+        shard = int(np.searchsorted(starts, row, side="right")) - 1
+        local = row - int(starts[shard])
+        cell = pictures(shard)[local].as_py()
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        name = f"{files[shard].name} row {local}"
+        if not data:
+            raise GolddiffError(f"{name} has no picture bytes: it must be stored in the file itself")
+        return EncodedPicture(name, data)
 
     total = int(starts[-1])
     return decoded(total, fetch, labels, [str(i) for i in range(total)], _classes(files[0], columns[0][1]), **options)

@@ -31,7 +31,7 @@ class EncodedPicture:
 
 def decoded(
     count: int,
-    fetch: Callable[[int, int], Sequence[EncodedPicture]],
+    fetch: Callable[[int], EncodedPicture],
     labels: np.ndarray,
     ids: Sequence[str],
     classes: tuple[str, ...] = (),
@@ -48,7 +48,7 @@ def decoded(
 
     Arguments:
         count: N.
-        fetch: `fetch(start, stop)` gives the encoded pictures `start..stop-1`.
+        fetch: `fetch(i)` gives the encoded picture i.
         size: the side of the result; None keeps the pictures' own size, which must be the same for all.
         limit: stop after so many pictures.
         skip_broken: leave out pictures that cannot be used (each is decoded once to find out).
@@ -64,7 +64,7 @@ def decoded(
             break
         picture = None
         try:
-            (picture,) = fetch(i, i + 1)
+            picture = fetch(i)
             side, mode = _header(picture)
             if skip_broken:
                 _pixels(picture, mode in GREY, size)
@@ -88,7 +88,7 @@ def decoded(
 
     def read(start: int, stop: int) -> np.ndarray:
         out = np.empty((stop - start, *shape), dtype=np.uint8)
-        wanted = [fetch(i, i + 1)[0] for i in kept[start:stop]]
+        wanted = [fetch(i) for i in kept[start:stop]]
         with ThreadPoolExecutor(4) as pool:
             for i, pixels in enumerate(pool.map(lambda picture: _pixels(picture, grey, size), wanted)):
                 out[i] = pixels
