@@ -15,7 +15,7 @@ from test_images import write_idx
 
 
 def covariance_of(spectrum):
-    return torch.cat([block for _, block in spectrum.columns(spectrum.eigenvalues, size=7)], dim=1).numpy()
+    return torch.cat([block for _, block in spectrum.filter(0.0, 1.0)[1]()], dim=1).numpy()
 
 
 def test_rows_come_back_in_minus_one_to_one(toy):

@@ -23,7 +23,8 @@ from .images import NO_LABEL, open_source
 from .noise import Noise
 from .prepare import BLOCK, FORMAT, cached_path, described, fill, fingerprint, source_name
 from .proxy import Pooling
-from .spectrum import Rows, Spectrum, compute_spectrum
+from .spectrum import LARGEST_EIGENBASIS, DenseCovariance, Rows, Spectrum, Statistics
+from .spectrum import compute_covariance, compute_spectrum
 
 __all__ = ["Bank"]
 
@@ -32,7 +33,6 @@ DERIVED = "derived"
 DERIVED_FORMAT = 1  # to be raised when a formula of what is derived changes
 KEPT_IN_MEMORY = 4
 ARRAYS = ("pixels", "labels", "ids", "keys", "centre", "norms", "proxy")
-SPECTRUM_AT_BUILD = 4096  # larger D: the spectrum is computed when it is first needed
 
 
 class Bank:
@@ -164,7 +164,7 @@ class Bank:
             meta["checksum"] = _checksum(meta)
             (folder / META).write_text(json.dumps(meta, indent=1))
             bank = cls.open(folder)
-            if bank.D <= SPECTRUM_AT_BUILD:
+            if bank.D <= LARGEST_EIGENBASIS:  # larger: when it is first needed
                 with tqdm(total=1, desc="spectrum", disable=None if progress else True) as bar:
                     bank.spectrum()
                     bar.update()
@@ -298,13 +298,21 @@ class Bank:
             out[start : start + BLOCK] = torch.sub(q, self.centred(part, torch.float64) * s).square_().sum(1)
         return out
 
-    def spectrum(self, label: int | None = None) -> Spectrum:
-        """Mean and covariance spectrum of all rows, or of a class; computed once and kept in the bank."""
-        rows = self.rows_of(label)
-        name = "spectrum" if rows is None else f"spectrum-{label}"
-        return Spectrum(**self.keep(name, lambda: vars(self._compute_spectrum(rows))))
+    def spectrum(self, label: int | None = None) -> Statistics:
+        """Mean and covariance of all rows, or of a class; computed once and kept in the bank.
 
-    def _compute_spectrum(self, rows: Tensor | None) -> Spectrum:
+        An eigenbasis (`Spectrum`), or where `min(N, D)` is over 4,096 the covariance itself (`DenseCovariance`).
+        """
+        rows = self.rows_of(label)
+        name = "" if rows is None else f"-{label}"
+        if min(self.D, len(self) if rows is None else len(rows)) <= LARGEST_EIGENBASIS:
+            return Spectrum(**self.keep(f"spectrum{name}", lambda: vars(compute_spectrum(self._rows_for(rows)))))
+        kept = self.keep(
+            f"covariance{name}", lambda: vars(compute_covariance(self._rows_for(rows))), remember=self.path is None
+        )
+        return DenseCovariance(**kept)
+
+    def _rows_for(self, rows: Tensor | None) -> Rows:
         count = len(self) if rows is None else len(rows)
 
         def blocks(size: int, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -314,7 +322,7 @@ class Bank:
 
         centre = self.centre.cpu()
         largest = float(torch.maximum(centre, 255 - centre).max()) if self.is_uint8 else None
-        return compute_spectrum(Rows(blocks, count, centre, self.scale, self.offset, largest))
+        return Rows(blocks, count, centre, self.scale, self.offset, largest)
 
     def keep(self, name: str, compute: Callable[[], dict[str, Tensor]], remember: bool = True) -> dict[str, Tensor]:
         """Tensors derived from this bank: from memory, from its folder, or computed and put there.

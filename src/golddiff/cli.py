@@ -13,7 +13,7 @@ import torch
 from click.shell_completion import get_completion_class
 
 from . import __version__
-from .bank import SPECTRUM_AT_BUILD, Bank
+from .bank import Bank
 from .denoise import METHODS
 from .doctor import checks
 from .errors import GolddiffError, unknown
@@ -22,6 +22,7 @@ from .pictures import grid, save_png, to_uint8
 from .recipe import DEFAULTS, Recipe, check_fingerprint, open_bank, parse_options, parse_seeds, read_settings
 from .runs import run
 from .sample import SAMPLERS
+from .spectrum import LARGEST_EIGENBASIS, Spectrum
 
 __all__ = ["app", "main"]
 
@@ -294,10 +295,10 @@ def _describe(held: Bank) -> None:
 
 
 def _statistics(held: Bank) -> None:
-    if held.D > SPECTRUM_AT_BUILD:
+    spectrum = held.spectrum() if held.D <= LARGEST_EIGENBASIS else None
+    if not isinstance(spectrum, Spectrum):
         click.echo("spectrum     not computed for images of this size until a method needs it")
         return
-    spectrum = held.spectrum()
     power = spectrum.eigenvalues.flip(0)
     share = power.cumsum(0) / power.sum().clamp(min=1e-300)
     wide = [int((share < part).sum()) + 1 for part in (0.5, 0.9, 0.99)]

@@ -127,36 +127,32 @@ class PCAMask(Masked):
         return self.bank.keep(name, lambda: {"bits": _pack(compute(noise, label))}, remember=False)["bits"]
 
     def _stable(self, noise: Noise, label: int | None) -> Tensor:
-        spectrum = self.bank.spectrum(label)
-        # without alpha^2, a common factor that these rules do not see: so alpha = 0 has its limit, C itself
-        power = spectrum.eigenvalues
-        gains = power / (float(noise.alpha) ** 2 * power + float(noise.sigma) ** 2)
-        own = spectrum.diagonal(gains)
-        varying = spectrum.varying
+        statistics = self.bank.spectrum(label)
+        # W without alpha^2, a common factor that these rules do not see: so alpha = 0 has its limit, C itself
+        own, columns = statistics.filter(float(noise.alpha), float(noise.sigma))
+        varying = statistics.varying
         mask = torch.empty(self.bank.D, self.bank.D, dtype=torch.bool)
-        for part, w in spectrum.columns(gains):
+        for part, w in columns():
             scale = own[part] if self.rule == "output" else own.sqrt()[:, None] * own[part].sqrt()
             mask[:, part] = (w.abs_() >= self.threshold * scale) & varying[:, None] & varying[part]
         return mask.fill_diagonal_(True)
 
     def _published(self, noise: Noise, label: int | None) -> Tensor:
-        spectrum = self.bank.spectrum(label)
-        power = float(noise.alpha) ** 2 * spectrum.eigenvalues
-        gains = power / (power + float(noise.sigma) ** 2)
-        own = spectrum.diagonal(gains)
-        own = torch.where(own.abs() < 1e-6, 1.0, own)
+        own, columns = self.bank.spectrum(label).filter(float(noise.alpha), float(noise.sigma))
+        power = float(noise.alpha) ** 2
+        own = torch.where(power * own.abs() < 1e-6, 1.0, power * own)
 
         def ratios() -> Iterator[tuple[slice, Tensor]]:
-            for part, w in spectrum.columns(gains):
-                w[part].diagonal().copy_(own[part])
-                yield part, w / own[:, None]
+            for part, w in columns():
+                w.mul_(power)[part].diagonal().copy_(own[part])
+                yield part, w.div_(own[:, None])
 
         if self.threshold == 0:
             return torch.cat([ratio for _, ratio in ratios()], dim=1)
         largest = max(float(ratio.abs().max()) for _, ratio in ratios())
         mask = torch.empty(self.bank.D, self.bank.D, dtype=torch.bool)
         for part, ratio in ratios():
-            mask[:, part] = ratio.abs() >= self.threshold * largest
+            mask[:, part] = ratio.abs_() >= self.threshold * largest
         return mask
 
 

@@ -1,54 +1,145 @@
-"""Mean and covariance of a set of images, as an eigenbasis in float64."""
+"""Mean and covariance of a set of images in float64: as an eigenbasis, or as it is where that would take too long."""
 
 from __future__ import annotations
 
+import abc
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
-__all__ = ["CONSTANT", "Rows", "Spectrum", "compute_spectrum"]
+__all__ = ["CONSTANT", "LARGEST_EIGENBASIS", "DenseCovariance", "Rows", "Spectrum", "Statistics", "compute_covariance", "compute_spectrum"]
+
+LARGEST_EIGENBASIS = 4096  # of min(N, D); its time grows with the cube: 20 s here on two cores
+COLUMNS = 1024  # of a block
 
 CONSTANT = 1e-12  # pixels whose variance is at most this are constant
 EXACT_FLOAT32 = 2**24  # whole numbers up to here are exact in float32
 
 
 @dataclass(frozen=True, eq=False)
-class Spectrum:
-    """`C = U diag(lam) U^T` around `mean`, in the units of the pixels as read ([-1, 1]), float64 on the CPU.
+class Statistics(abc.ABC):
+    """Mean and covariance C, in the units of the pixels as read ([-1, 1]), float64 on the CPU.
 
     Arguments:
         mean: `(D,)`.
         variances: diagonal of C, `(D,)`; constant pixels have exactly 0.
-        eigenvalues: `lam >= 0`, `(r,)`, ascending; `r <= min(N, D)`.
-        eigenvectors: `U`, `(D, r)`, orthonormal columns, exactly zero at constant pixels.
     """
 
     mean: Tensor
     variances: Tensor
-    eigenvalues: Tensor
-    eigenvectors: Tensor
 
-    def to(self, device: torch.device) -> Spectrum:
+    def to(self, device: torch.device) -> Self:
         """The same on a device."""
-        return Spectrum(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        return type(self)(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
     @property
     def varying(self) -> Tensor:
         """`(D,)` bool: the pixels that are not constant."""
         return self.variances > 0
 
-    def columns(self, gains: Tensor, size: int = 1024) -> Iterator[tuple[slice, Tensor]]:
-        """`U diag(gains) U^T` for gains `(r,)`, in blocks of columns: yields `(columns, (D, n))`."""
-        scaled = self.eigenvectors * gains
-        for start in range(0, len(self.mean), size):
-            part = slice(start, min(start + size, len(self.mean)))
-            yield part, scaled @ self.eigenvectors[part].T
+    @abc.abstractmethod
+    def filter(self, alpha: float, sigma: float) -> tuple[Tensor, Callable[[], Iterator[tuple[slice, Tensor]]]]:
+        """`W = C (alpha^2 C + sigma^2 I)^-1`: its diagonal `(D,)`, and a function that yields `(columns, (D, n))`.
 
-    def diagonal(self, gains: Tensor) -> Tensor:
-        """The diagonal of `U diag(gains) U^T`, `(D,)`."""
-        return (self.eigenvectors.square() * gains).sum(1)
+        Blocks may be overwritten.
+        """
+
+    @abc.abstractmethod
+    def denoise(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        r"""For Gaussian data of covariance C around 0, and `x = alpha y + sigma z` `(B, D)` float64, the mean of y
+        and `log N(x; 0, A) - log N(0; 0, sigma^2 I)`, `(B,)`, where :math:`A = \alpha^2 C + \sigma^2 I`.
+
+        Arguments:
+            alpha, sigma: `(B or 1, 1)`.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum(Statistics):
+    """`C = U diag(lam) U^T`.
+
+    Arguments:
+        eigenvalues: `lam >= 0`, `(r,)`, ascending; `r <= min(N, D)`.
+        eigenvectors: `U`, `(D, r)`, orthonormal columns, exactly zero at constant pixels.
+    """
+
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+
+    def filter(self, alpha: float, sigma: float) -> tuple[Tensor, Callable[[], Iterator[tuple[slice, Tensor]]]]:
+        gains = self.eigenvalues / (alpha**2 * self.eigenvalues + sigma**2)
+
+        def columns() -> Iterator[tuple[slice, Tensor]]:
+            scaled = self.eigenvectors * gains
+            for part in _slices(len(self.mean), COLUMNS):
+                yield part, scaled @ self.eigenvectors[part].T
+
+        return (self.eigenvectors.square() * gains).sum(1), columns
+
+    def denoise(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        inside = x @ self.eigenvectors
+        total = alpha**2 * self.eigenvalues + sigma**2
+        mean = (alpha * self.eigenvalues / total * inside) @ self.eigenvectors.T
+        outside = (x.square().sum(1) - inside.square().sum(1)).clamp(min=0)
+        powers = (inside.square() / total).sum(1) + outside / sigma[:, 0] ** 2
+        return mean, -(powers + torch.log(total / sigma**2).sum(1)) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class DenseCovariance(Statistics):
+    """C itself, where an eigenbasis would take too long (`LARGEST_EIGENBASIS`): each noise level is a Cholesky
+    factor. `sigma^2` is taken as at least `1e-13` of the trace of `alpha^2 C`, which keeps A positive.
+
+    Arguments:
+        covariance: `C`, `(D, D)`.
+    """
+
+    covariance: Tensor
+
+    def filter(self, alpha: float, sigma: float) -> tuple[Tensor, Callable[[], Iterator[tuple[slice, Tensor]]]]:
+        size = len(self.mean)
+        if alpha**2 * float(self.variances.sum()) < 1e-8 * sigma**2:  # A is sigma^2 I to double precision
+            w = self.covariance / sigma**2
+        else:
+            w = torch.cholesky_inverse(self._factor(alpha, sigma))
+            w.mul_(-(self._floored(alpha, sigma) ** 2) / alpha**2).diagonal().add_(1 / alpha**2)
+        varying = self.varying
+        own = w.diagonal().clone().mul_(varying)
+
+        def columns() -> Iterator[tuple[slice, Tensor]]:
+            for part in _slices(size, COLUMNS):
+                yield part, w[:, part] * (varying[:, None] & varying[part])
+
+        return own, columns
+
+    def denoise(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_density = torch.empty_like(x), x.new_empty(len(x))
+        alpha, sigma = alpha.expand(len(x), 1)[:, 0], sigma.expand(len(x), 1)[:, 0]
+        for a, s in {(float(a), float(s)) for a, s in zip(alpha, sigma, strict=True)}:
+            these = (alpha == a) & (sigma == s)
+            factor, s = self._factor(a, s), self._floored(a, s)
+            solved = torch.cholesky_solve(x[these].T, factor)
+            mean[these] = a * (self.covariance @ solved).T
+            powers = (x[these] * solved.T).sum(1)
+            log_density[these] = -powers / 2 - (factor.diagonal().log().sum() - len(factor) * math.log(s))
+        return mean, log_density
+
+    def _factor(self, alpha: float, sigma: float) -> Tensor:
+        a = self.covariance * alpha**2
+        a.diagonal().add_(self._floored(alpha, sigma) ** 2)
+        return torch.linalg.cholesky(a)
+
+    def _floored(self, alpha: float, sigma: float) -> float:
+        return max(sigma, alpha * math.sqrt(1e-13 * float(self.variances.sum())))
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
 
 
 @dataclass(frozen=True)
@@ -71,8 +162,14 @@ class Rows:
 
 
 def compute_spectrum(rows: Rows) -> Spectrum:
-    """Mean, covariance (divided by N - 1) and its eigenbasis, by the Gram matrix where rows are fewer than pixels."""
-    mean, variances, varying, values, inner = (_by_gram if rows.count <= len(rows.centre) else _by_covariance)(rows)
+    """The eigenbasis of the covariance (divided by N - 1), by the Gram matrix where rows are fewer than pixels."""
+    if rows.count <= len(rows.centre):
+        mean, variances, varying, values, inner = _by_gram(rows)
+    else:
+        mean, product = _covariance(rows)
+        variances = product.diagonal().clone()
+        varying = variances > CONSTANT
+        values, inner = torch.linalg.eigh(product[varying][:, varying])
     vectors = torch.zeros(len(mean), len(values), dtype=torch.float64)
     vectors[varying] = inner
     return Spectrum(
@@ -80,6 +177,17 @@ def compute_spectrum(rows: Rows) -> Spectrum:
         variances=torch.where(varying, variances, 0.0),
         eigenvalues=values.clamp(min=0),
         eigenvectors=vectors,
+    )
+
+
+def compute_covariance(rows: Rows) -> DenseCovariance:
+    """The covariance (divided by N - 1) itself."""
+    mean, product = _covariance(rows)
+    variances = product.diagonal()
+    return DenseCovariance(
+        mean=rows.scale * (mean + rows.centre.double()) + rows.offset,
+        variances=torch.where(variances > CONSTANT, variances, 0.0),
+        covariance=product,
     )
 
 
@@ -97,23 +205,24 @@ def _by_gram(rows: Rows) -> tuple[Tensor, ...]:
     return mean, variances, varying, values / max(rows.count - 1, 1), x.T @ vectors / values.sqrt()
 
 
-def _by_covariance(rows: Rows) -> tuple[Tensor, ...]:
-    """As `_by_gram`.
+def _covariance(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Mean of `v`, `(D,)`, and covariance of the pixels as read, `(D, D)`.
 
     Whole-number pixels are summed exactly: products of `n` rows are exact in float32 while
     `n * largest^2 <= 2^24`, and blocks of that many rows add up in float64. So the result is the same for any order
-    of the rows, at the speed of float32.
+    of the rows, at the speed of float32. Only one triangle is computed.
     """
     exact = rows.largest is not None
     step = max(1, int(EXACT_FLOAT32 // rows.largest**2)) if rows.largest else 1024
-    total = torch.zeros(len(rows.centre), dtype=torch.float64)
-    product = torch.zeros(len(total), len(total), dtype=torch.float64)
+    size = len(rows.centre)
+    total = torch.zeros(size, dtype=torch.float64)
+    product = torch.zeros(size, size, dtype=torch.float64)
     for v in rows.blocks(step, torch.float32 if exact else torch.float64):
         total += v.sum(0, dtype=torch.float64)
-        product += v.T @ v
-    product -= torch.outer(total, total) / rows.count
-    product *= rows.scale**2 / (rows.count - 1)
-    variances = product.diagonal().clone()
-    varying = variances > CONSTANT
-    values, inner = torch.linalg.eigh(product[varying][:, varying])
-    return total / rows.count, variances, varying, values, inner
+        for part in _slices(size, COLUMNS):
+            product[part, part.start :] += v[:, part].T @ v[:, part.start :]
+    for part in _slices(size, COLUMNS):
+        product[part.stop :, part] = product[part, part.stop :].T
+    product.addr_(total, total, alpha=-1 / rows.count)
+    product *= rows.scale**2 / max(rows.count - 1, 1)
+    return total / rows.count, product

@@ -34,18 +34,12 @@ class Wiener(Denoiser):
     def _posterior(
         self, x_t: Tensor, noise: Noise, label: int | None, eligible: Tensor | None, seed: Tensor
     ) -> Posterior:
-        spectrum = self.bank.spectrum(label if self.statistics == "class" else None).to(x_t.device)
-        mu, u, power = spectrum.mean, spectrum.eigenvectors, spectrum.eigenvalues
+        statistics = self.bank.spectrum(label if self.statistics == "class" else None).to(x_t.device)
         size = torch.hypot(noise.alpha, noise.sigma)  # only ratios matter, and squares of tiny levels vanish
         alpha, sigma = Noise(noise.alpha / size, noise.sigma / size).like(x_t.flatten(1).double())
-        rest = x_t.flatten(1).double() / size[:, None].to(x_t.device) - alpha * mu
-        inside = rest @ u
-        total = alpha**2 * power + sigma**2
-        mean = mu + (alpha * power / total * inside) @ u.T
-        outside = (rest.square().sum(1) - inside.square().sum(1)).clamp(min=0)
-        log_evidence = (
-            -(inside.square() / total).sum(1) - outside / sigma[:, 0] ** 2 - torch.log(total / sigma**2).sum(1)
-        ) / 2
+        rest = x_t.flatten(1).double() / size[:, None].to(x_t.device) - alpha * statistics.mean
+        shift, log_evidence = statistics.denoise(rest, alpha, sigma)
+        mean = statistics.mean + shift
         return Posterior(
             mean=mean.to(x_t.dtype).reshape(x_t.shape),
             log_evidence=log_evidence,
