@@ -10,7 +10,9 @@ from golddiff.denoise import compiled
 from golddiff.denoise.compiled import MaskRuns
 
 pytest.importorskip("numba")
+from golddiff.denoise.kernels import run_sums  # noqa: E402
 
+SHAPE = (3, 5, 6)  # more than the 64 pixels that are transposed at once, and no multiple
 LEVELS = [999, 900, 600, 300, 100, 0]
 
 
@@ -41,19 +43,21 @@ def check(denoiser, x_t, noise, atol, **options):
     assert torch.allclose(fast.log_evidence, exact.log_evidence, atol=max(20 * atol, 1e-4), rtol=1e-6)
 
 
+@pytest.mark.parametrize("tile", [1024, 17])
 @pytest.mark.parametrize("t", LEVELS)
 @pytest.mark.parametrize("kind", masks(2))
 @pytest.mark.usefixtures("always")
-def test_kernel_is_the_product(t, kind):
-    bank = gd.Bank.build(toy_arrays(200)[0])
+def test_kernel_is_the_product(t, kind, tile, monkeypatch):
+    monkeypatch.setattr(compiled, "TILE", tile)
+    bank = gd.Bank.build(toy_arrays(200, SHAPE)[0])
     noise = gd.DDPM()(t)
-    check(gd.denoiser("pca", bank, mask=masks(60)[kind]), noisy(bank, noise), noise, 5e-5)
+    check(gd.denoiser("pca", bank, mask=masks(90)[kind]), noisy(bank, noise), noise, 5e-5)
 
 
 @pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 511, 512, 513, 700])
 @pytest.mark.usefixtures("always")
 def test_any_number_of_rows(count):
-    bank = gd.Bank.build(toy_arrays(count)[0])
+    bank = gd.Bank.build(toy_arrays(count, SHAPE)[0])
     noise = gd.DDPM()(600)
     check(gd.denoiser("pca", bank), noisy(bank, noise, rows=[0]), noise, 5e-5)
 
@@ -110,6 +114,15 @@ def test_work_that_it_does_not_take(digits, monkeypatch):
 def test_runs_of_a_mask():
     mask = torch.tensor([[1, 0, 0, 1], [1, 0, 1, 0], [0, 0, 1, 1], [1, 0, 1, 1]]).bool()
     runs = MaskRuns.of(mask)
-    columns = [runs.ends[runs.start[m] : runs.start[m + 1]].tolist() for m in range(4)]
+    columns = [runs.ends[runs.start[0, m] : runs.start[0, m + 1]].tolist() for m in range(4)]
     assert columns == [[0, 2, 3, 4], [], [1, 4], [0, 1, 2, 4]]
     assert runs.largest == 3
+
+
+def test_sums_over_runs_cross_tiles(monkeypatch):
+    monkeypatch.setattr(compiled, "TILE", 7)
+    for mask in masks(60).values():
+        if mask is not None:
+            values = np.random.default_rng(0).normal(size=60)
+            runs = MaskRuns.of(mask)
+            assert np.allclose(run_sums(values, 7, runs.start, runs.ends), values @ mask.double().numpy(), atol=1e-12)
