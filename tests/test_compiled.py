@@ -6,11 +6,13 @@ import torch
 
 import golddiff as gd
 from conftest import noisy, toy_arrays
+from golddiff import bank as bank_module
+from golddiff import golden, locality
 from golddiff.denoise import compiled
-from golddiff.denoise.compiled import MaskRuns
+from golddiff.locality import MaskRuns
 
 pytest.importorskip("numba")
-from golddiff.denoise.kernels import run_sums  # noqa: E402
+from golddiff.kernels import run_sums
 
 SHAPE = (3, 5, 6)  # more than the 64 pixels that are transposed at once, and no multiple
 LEVELS = [999, 900, 600, 300, 100, 0]
@@ -49,6 +51,7 @@ def check(denoiser, x_t, noise, atol, **options):
 @pytest.mark.usefixtures("always")
 def test_kernel_is_the_product(t, kind, tile, monkeypatch):
     monkeypatch.setattr(compiled, "TILE", tile)
+    monkeypatch.setattr(locality, "TILE", tile)
     bank = gd.Bank.build(toy_arrays(200, SHAPE)[0])
     noise = gd.DDPM()(t)
     check(gd.denoiser("pca", bank, mask=masks(90)[kind]), noisy(bank, noise), noise, 5e-5)
@@ -100,15 +103,36 @@ def test_threads_do_not_change_a_bit(digits):
 
 
 def test_work_that_it_does_not_take(digits, monkeypatch):
-    x_t, mask = torch.zeros(1, 1, 8, 8), torch.ones(64, 64, dtype=torch.bool)
+    x_t = torch.zeros(1, 1, 8, 8)
     floats = gd.Bank.build(np.zeros((5, 8, 8), np.float32), layout="NHW")
     monkeypatch.setattr(compiled, "WORTH", 0)
-    assert compiled.usable(digits, x_t, mask, 1797)
-    assert not compiled.usable(floats, x_t, mask, 1797)
-    assert not compiled.usable(digits, x_t.double(), mask, 1797)
-    assert not compiled.usable(digits, x_t, mask.float(), 1797)
+    assert compiled.usable(digits, x_t, 1797)
+    assert not compiled.usable(floats, x_t, 1797)
+    assert not compiled.usable(digits, x_t.double(), 1797)
+    assert gd.denoiser("pca", digits, mask=torch.rand(64, 64)).locality.runs(gd.Noise(1.0, 1.0)) is None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert not compiled.usable(digits, x_t, mask, 1797)
+    assert not compiled.usable(gd.Bank.build("digits"), x_t, 1797)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_distances_are_those_of_differences(digits, dtype, monkeypatch):
+    noise, rows = gd.DDPM()(300), torch.arange(1700).flip(0)
+    q, s = digits.query(noisy(digits, noise, dtype=dtype), noise)
+    plain = [digits.distances(q[b], s[b], rows) for b in range(3)]
+    monkeypatch.setattr(bank_module, "WORTH_COMPILING", 0)
+    for b in range(3):
+        assert torch.allclose(digits.distances(q[b], s[b], rows), plain[b], rtol=1e-12)
+
+
+def test_the_same_golden_rows_with_and_without(digits, monkeypatch):
+    noise = gd.DDPM()(200)
+    x_t, seed = noisy(digits, noise, rows=range(6), dtype=torch.float32), list(range(6))
+    subset = {name: gd.denoiser("golddiff", digits, retrieval=name) for name in ("reference", "paper")}
+    plain = {name: d(x_t, noise, seed=seed).support.rows for name, d in subset.items()}
+    monkeypatch.setattr(bank_module, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(golden, "WORTH_COMPILING", 0)
+    for name, denoiser in subset.items():
+        assert torch.equal(denoiser(x_t, noise, seed=seed).support.rows, plain[name])
 
 
 def test_runs_of_a_mask():
@@ -120,7 +144,7 @@ def test_runs_of_a_mask():
 
 
 def test_sums_over_runs_cross_tiles(monkeypatch):
-    monkeypatch.setattr(compiled, "TILE", 7)
+    monkeypatch.setattr(locality, "TILE", 7)
     for mask in masks(60).values():
         if mask is not None:
             values = np.random.default_rng(0).normal(size=60)

@@ -8,7 +8,7 @@ from pathlib import Path
 import golddiff
 
 ORDER = [
-    "errors", "files", "images", "noise", "proxy", "spectrum", "prepare", "bank", "locality", "golden",
+    "errors", "files", "images", "noise", "proxy", "spectrum", "prepare", "kernels", "bank", "locality", "golden",
     "posterior", "denoise", "sample", "pictures", "recipe", "runs", "doctor", "cli",
 ]  # fmt: skip
 FOLDER = Path(golddiff.__file__).parent
@@ -37,7 +37,7 @@ def test_modules_import_only_from_those_above():
 
 
 def test_import_is_light():
-    heavy = "{'sklearn', 'mlxtend', 'diffusers', 'torchvision', 'matplotlib', 'pandas', 'scipy'}"
+    heavy = "{'sklearn', 'mlxtend', 'diffusers', 'torchvision', 'matplotlib', 'pandas', 'scipy', 'numba'}"
     code = f"import sys, golddiff; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -7,7 +7,7 @@ import torch
 import golddiff as gd
 from conftest import outside
 from golddiff.denoise import MaskedDenoiser
-from golddiff.golden import Subset, Support, _ProxyScan, nearest_rows
+from golddiff.golden import Subset, Support, nearest_proxies, nearest_rows
 from golddiff.locality import GivenMask
 
 TIMES = range(900, -1, -100)
@@ -53,9 +53,8 @@ def test_given_the_pool_the_golden_rows_are_the_same(case, t):
     bank, stored, _, noise, x_t, _ = at(case, t)
     theirs, pools = stored["golddiff"][f"golden_{t}"], stored["golddiff"][f"pool_{t}"]
     q, s = bank.query(x_t, noise)
-    proxies = _ProxyScan(bank, q, s, None)
-    for b in range(len(x_t)):
-        candidates = proxies.nearest(b, torch.from_numpy(pools[b]).long(), 200)
+    drawn = [torch.from_numpy(pool).long() for pool in pools[: len(x_t)]]
+    for b, candidates in enumerate(nearest_proxies(bank, q, s, None, drawn, 200)):
         rows = nearest_rows(bank, q[b], s[b], candidates, theirs.shape[1])
         ours, other = set(rows.tolist()), set(theirs[b].tolist())
         mine = bank.distances(q[b], s[b], torch.tensor(sorted(ours - other), dtype=torch.int64))

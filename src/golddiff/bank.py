@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,15 @@ from .images import NO_LABEL, open_source
 from .noise import Noise
 from .prepare import BLOCK, FORMAT, cached_path, described, fill, fingerprint, source_name
 from .proxy import Pooling
-from .spectrum import LARGEST_EIGENBASIS, DenseCovariance, Rows, Spectrum, Statistics
-from .spectrum import compute_covariance, compute_spectrum
+from .spectrum import (
+    LARGEST_EIGENBASIS,
+    DenseCovariance,
+    Rows,
+    Spectrum,
+    Statistics,
+    compute_covariance,
+    compute_spectrum,
+)
 
 __all__ = ["Bank"]
 
@@ -32,6 +41,8 @@ META = "bank.json"
 DERIVED = "derived"
 DERIVED_FORMAT = 1  # to be raised when a formula of what is derived changes
 KEPT_IN_MEMORY = 4
+BLOCK_NUMBERS = 2**20  # of a block that stays in a processor's cache
+WORTH_COMPILING = 2**22  # pixels to compare from which a compiled loop is loaded
 ARRAYS = ("pixels", "labels", "ids", "keys", "centre", "norms", "proxy")
 
 
@@ -90,6 +101,16 @@ class Bank:
     @property
     def device(self) -> torch.device:
         return self.pixels.device
+
+    @cached_property
+    def compiled(self) -> bool:
+        """Whether compiled loops can read the rows: uint8 on the CPU, and the extra `fast` is there."""
+        return self.is_uint8 and self.device.type == "cpu" and importlib.util.find_spec("numba") is not None
+
+    @cached_property
+    def proxy_norms(self) -> Tensor:
+        """`|P v_i|^2`, `(N,)` float32."""
+        return torch.cat([part.square().sum(1) for part in self.proxy.split(BLOCK)])
 
     # ---- making and opening -------------------------------------------------------------------------
 
@@ -259,11 +280,30 @@ class Bank:
             self._rows[label] = rows
         return self._rows[label]
 
-    def centred(self, rows: Tensor | slice, dtype: torch.dtype) -> Tensor:
-        """`v` of some rows, `(n, D)`, converted in one pass."""
+    def centred(self, rows: Tensor | slice, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """`v` of some rows, `(n, D)`; written into the first rows of `out` if given."""
         chosen = self.pixels[rows].flatten(1)
         self.bytes_read += chosen.numel() * chosen.element_size()
-        return torch.sub(chosen, self.centre.to(dtype)).to(dtype)
+        if out is None:
+            return torch.sub(chosen, self.centre.to(dtype)).to(dtype)
+        return out[: len(chosen)].copy_(chosen).sub_(self.centre)
+
+    def blocks(
+        self, rows: Tensor | None, dtype: torch.dtype, size: int | None = None
+    ) -> Iterator[tuple[slice, Tensor | slice, Tensor]]:
+        """All rows, or some, block by block: yields `(part, rows, v)` with `v` `(n, D)` in a buffer that is used again.
+
+        Arguments:
+            rows: `(n,)`; None for all.
+            size: rows of a block; by default as many as stay in a processor's cache.
+        """
+        count = len(self) if rows is None else len(rows)
+        size = max(1, min(size or max(256, BLOCK_NUMBERS // self.D), count))
+        buffer = torch.empty(size, self.D, dtype=dtype, device=self.device)
+        for start in range(0, count, size):
+            part = slice(start, min(start + size, count))
+            chosen = part if rows is None else rows[part]
+            yield part, chosen, self.centred(chosen, dtype, buffer)
 
     def uncentred(self, v: Tensor) -> Tensor:
         """`x = scale * (v + centre) + offset`: from centred rows (or their weighted means) to [-1, 1]."""
@@ -292,10 +332,16 @@ class Bank:
     def distances(self, q: Tensor, s: Tensor, rows: Tensor) -> Tensor:
         """`|q - s v_i|^2` of some rows by differences in float64, `(n,)`, for one image: q `(D,)`, s `()`."""
         q, s = q.double(), s.double()
+        if self.compiled and len(rows) * self.D >= WORTH_COMPILING:
+            from . import kernels
+
+            kernels.use_threads_of_torch()
+            self.bytes_read += len(rows) * self.D
+            pixels, centre = self.pixels.flatten(1).numpy(), self.centre.numpy()
+            return torch.from_numpy(kernels.distances(pixels, centre, q.numpy(), float(s), rows.numpy()))
         out = torch.empty(len(rows), dtype=torch.float64, device=q.device)
-        for start in range(0, len(rows), BLOCK):
-            part = rows[start : start + BLOCK]
-            out[start : start + BLOCK] = torch.sub(q, self.centred(part, torch.float64) * s).square_().sum(1)
+        for part, _, v in self.blocks(rows, torch.float64):
+            out[part] = torch.sub(q, v.mul_(s), out=v).square_().sum(1)
         return out
 
     def spectrum(self, label: int | None = None) -> Statistics:

@@ -10,14 +10,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .bank import Bank
+from .bank import WORTH_COMPILING, Bank
 from .errors import GolddiffError, unknown
 from .locality import Locality
 from .noise import Noise
 
-__all__ = ["Budget", "Everything", "GoldenSubset", "Subset", "Support", "draw", "hashed", "nearest_rows"]
+__all__ = [
+    "Budget",
+    "Everything",
+    "GoldenSubset",
+    "Subset",
+    "Support",
+    "draw",
+    "hashed",
+    "nearest_proxies",
+    "nearest_rows",
+]
 
 PADDING = -1
+BLOCK = 8192
+SCORES_AT_ONCE = 2**26  # proxy scores of images that are compared together
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,78 +193,100 @@ class GoldenSubset(Subset):
         rows = torch.arange(len(self.bank), device=x_t.device) if eligible is None else eligible
         m, k = self.budget.sizes(noise if noise.alpha.ndim == 0 else noise[0], len(rows))
         q, s = self.bank.query(x_t, noise)
-        proxies = _ProxyScan(self.bank, q, s, None if eligible is None else eligible)
-        keys = self.bank.keys[rows]
-        chosen = []
-        for b in range(len(x_t)):
-            if self.retrieval == "reference":
-                pool = draw(keys, m, int(seed[b]), int(noise.angle.reshape(-1)[0]))
-                candidates = proxies.nearest(b, pool, self.budget.rows(len(rows))[1])
-            else:
-                candidates = proxies.nearest(b, None, m)
-            chosen.append(nearest_rows(self.bank, q[b], s[b], rows[candidates], k))
+        pools: list[Tensor | None] = [None] * len(x_t)
+        wanted = m
+        if self.retrieval == "reference":
+            keys, level = self.bank.keys[rows], int(noise.angle.reshape(-1)[0])
+            pools = [draw(keys, m, int(one), level) for one in seed]
+            wanted = self.budget.rows(len(rows))[1]
+        chosen = [
+            nearest_rows(self.bank, q[b], s[b], rows[candidates], k)
+            for b, candidates in enumerate(nearest_proxies(self.bank, q, s, eligible, pools, wanted))
+        ]
         eligible_count = torch.full((len(x_t),), len(rows), device=x_t.device)
         return Support(torch.stack(chosen)[:, None], None, None, eligible_count, shared=False)
 
 
-class _ProxyScan:
-    """Proxy distances of a batch to all eligible rows, one product for each block of rows."""
+def nearest_proxies(
+    bank: Bank, q: Tensor, s: Tensor, eligible: Tensor | None, pools: list[Tensor | None], count: int
+) -> Iterator[Tensor]:
+    """For each image, positions within the eligible rows of the `count` nearest proxies, of all or of its pool.
 
-    def __init__(self, bank: Bank, q: Tensor, s: Tensor, eligible: Tensor | None) -> None:
-        self.bank, self.eligible = bank, eligible
-        self.q, self.s = bank.pooling(q), s.double()
-        count = len(bank) if eligible is None else len(eligible)
-        self.scores = torch.empty(len(q), count, dtype=q.dtype, device=q.device)
-        self.tolerance = torch.zeros(len(q), dtype=torch.float64, device=q.device)
-        block = 8192
-        for start in range(0, count, block):
-            part = slice(start, min(start + block, count))
-            p = bank.proxy[part if eligible is None else eligible[part]].to(q.dtype)
-            scores, tolerance = fast_scores(self.q, self.s, p, p.square().sum(1))
-            self.scores[:, part] = scores
-            self.tolerance = torch.maximum(self.tolerance, tolerance)
-            bank.bytes_read += p.numel() * 4
+    Proxies that several images want are read once for all of them, and compared by one product a block.
 
-    def nearest(self, b: int, among: Tensor | None, count: int) -> Tensor:
-        """Positions (within the eligible rows) of the `count` nearest proxies, of all or among some."""
+    Arguments:
+        q: `(B, D)`. s: `(B,)`.
+        eligible: `(n,)`; None for all rows.
+        pools: positions within the eligible rows, for each image; None for all.
+    """
+    total = len(bank) if eligible is None else len(eligible)
+    together = max(1, SCORES_AT_ONCE // total)
+    for first in range(0, len(q), together):
+        batch = slice(first, first + together)
+        yield from _nearest_proxies(bank, bank.pooling(q[batch]), s[batch], eligible, pools[batch], count, total)
 
-        def position(i: Tensor) -> Tensor:
-            return i if among is None else among[i]
 
-        def row(i: Tensor) -> Tensor:
-            return position(i) if self.eligible is None else self.eligible[position(i)]
+def _nearest_proxies(
+    bank: Bank, q: Tensor, s: Tensor, eligible: Tensor | None, pools: list[Tensor | None], count: int, total: int
+) -> Iterator[Tensor]:
+    """As `nearest_proxies`, for images whose scores are held at once; q are pooled, float64."""
 
-        def exact(i: Tensor) -> Tensor:
-            rows = (self.bank.proxy[row(part)].double() for part in i.split(8192))
-            return torch.cat([(self.q[b] - self.s[b] * p).square_().sum(1) for p in rows])
+    def scores(images: slice, positions: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
+        out = torch.empty(len(q[images]), size, device=q.device)
+        error = torch.zeros(len(out), dtype=torch.float64, device=q.device)
+        for start in range(0, size, BLOCK):
+            part: Tensor | slice = slice(start, min(start + BLOCK, size))
+            chosen = row(positions[part]) if positions is not None else part if eligible is None else eligible[part]
+            p, norms = bank.proxy[chosen], bank.proxy_norms[chosen]
+            bank.bytes_read += p.nbytes
+            out[:, part], tolerance = fast_scores(q[images], s[images], p, norms)
+            error = torch.maximum(error, tolerance)
+        return out, error
 
-        scores = self.scores[b] if among is None else self.scores[b, among]
-        return position(smallest(scores, count, float(self.tolerance[b]), exact, lambda i: self.bank.keys[row(i)]))
+    def row(position: Tensor) -> Tensor:
+        return position if eligible is None else eligible[position]
+
+    sizes = [total if pool is None else len(pool) for pool in pools]
+    shared = scores(slice(None), None, total) if sum(sizes) > total / 2 else None
+    for b, pool in enumerate(pools):
+
+        def position(i: Tensor, pool: Tensor | None = pool) -> Tensor:
+            return i if pool is None else pool[i]
+
+        def exact(i: Tensor, b: int = b, position: Callable[[Tensor], Tensor] = position) -> Tensor:
+            proxies = (bank.proxy[row(position(part))].double() for part in i.split(BLOCK))
+            return torch.cat([(q[b] - s[b].double() * p).square_().sum(1) for p in proxies])
+
+        if shared is None:
+            values, error = (t[0] for t in scores(slice(b, b + 1), pool, sizes[b]))
+        else:
+            values, error = shared[0][b] if pool is None else shared[0][b, pool], shared[1][b]
+        yield position(smallest(values, count, float(error), exact, lambda i: bank.keys[row(position(i))]))
 
 
 def nearest_rows(bank: Bank, q: Tensor, s: Tensor, rows: Tensor, count: int) -> Tensor:
     """The `count` rows nearest to one image at full resolution, ascending; q `(D,)`, s `()`."""
     if count >= len(rows):
         return rows.sort().values
-    scores, tolerances = [], []
-    for part in rows.split(1024):
-        score, tolerance = fast_scores(q[None], s[None], bank.centred(part, q.dtype), bank.norms[part].to(q.dtype))
-        scores.append(score[0])
-        tolerances.append(tolerance)
-    chosen = smallest(
-        torch.cat(scores),
-        count,
-        float(torch.cat(tolerances).max()),
-        lambda i: bank.distances(q, s, rows[i]),
-        lambda i: bank.keys[rows[i]],
-    )
+
+    def exact(i: Tensor) -> Tensor:
+        return bank.distances(q, s, rows[i])
+
+    if bank.compiled and len(rows) * bank.D >= WORTH_COMPILING:
+        scores, error = bank.distances(q, s, rows), 0.0
+    else:
+        scores, error = torch.empty(len(rows), dtype=q.dtype, device=q.device), 0.0
+        for part, chosen, v in bank.blocks(rows, q.dtype):
+            scores[part], tolerance = fast_scores(q[None], s[None], v, bank.norms[chosen].to(q.dtype))
+            error = max(error, float(tolerance))
+    chosen = smallest(scores, count, error, exact, lambda i: bank.keys[rows[i]])
     return rows[chosen].sort().values
 
 
 def fast_scores(q: Tensor, s: Tensor, v: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
     """`|q - s v|^2 - |q|^2` by one product, `(B, n)`, and a generous bound of its rounding error, `(B,)`."""
-    s = s[:, None]
-    scores = (s**2).to(v.dtype) * norms - (2 * s * q).to(v.dtype) @ v.T
+    s = s[:, None].double()
+    scores = torch.addmm((s**2).to(v.dtype) * norms, (-2 * s * q).to(v.dtype), v.T)
     longest = norms.max().double().sqrt()
     scale = s[:, 0] * longest * (2 * q.double().norm(dim=1) + s[:, 0] * longest)
     return scores, 32 * torch.finfo(v.dtype).eps * scale

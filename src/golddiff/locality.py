@@ -6,6 +6,7 @@ import abc
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,25 @@ from .bank import Bank
 from .errors import GolddiffError, unknown
 from .noise import Noise
 
-__all__ = ["MASK_RULES", "GivenMask", "Locality", "Masked", "PCAMask", "WholeImage"]
+__all__ = ["MASK_RULES", "GivenMask", "Locality", "MaskRuns", "Masked", "PCAMask", "WholeImage"]
 
 MASK_RULES = ("output", "correlation", "published")
 BYTES_IN_MEMORY = 2**28
+TILE = 1024  # pixels of one prefix sum, see kernels.py
+
+
+class _Recent:
+    """What was computed recently, up to a number of bytes."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
+
+    def get(self, key: Any, compute: Callable[[], tuple[Any, int]]) -> Any:
+        """The value of a key; `compute()` gives it and its size if it is not there."""
+        self._kept[key] = kept = self._kept.pop(key, None) or compute()
+        while len(self._kept) > 1 and sum(size for _, size in self._kept.values()) > BYTES_IN_MEMORY:
+            self._kept.popitem(last=False)
+        return kept[0]
 
 
 class Locality(abc.ABC):
@@ -34,6 +50,40 @@ class WholeImage(Locality):
     local = False
 
 
+@dataclass(frozen=True, eq=False)
+class MaskRuns:
+    """The columns of a mask as runs of neighbouring pixels, tile by tile of `TILE` pixels.
+
+    Arguments:
+        start: `(tiles, D + 1)` int64: where the entries of each column begin in `ends`.
+        ends: begin and end of each run, one after the other, from the beginning of the tile; int16.
+        largest: most pixels in a column.
+    """
+
+    start: np.ndarray
+    ends: np.ndarray
+    largest: int
+
+    @staticmethod
+    def of(mask: Tensor) -> MaskRuns:
+        """The runs of a boolean mask M[n, m], `(D, D)`; needs numba."""
+        from . import kernels
+
+        kernels.use_threads_of_torch()
+        columns = mask.T.contiguous().numpy()
+        counts = kernels.count_runs(columns, TILE)
+        start = np.zeros((len(counts), len(columns) + 1), np.int64)
+        done = 0
+        for row, count in zip(start, counts, strict=True):
+            row[0] = done
+            np.cumsum(count, out=row[1:])
+            row[1:] += done
+            done = row[-1]
+        ends = np.empty(done, np.int16)
+        kernels.fill_runs(columns, TILE, start, ends)
+        return MaskRuns(start, ends, int(mask.sum(0).max()))
+
+
 class Masked(Locality):
     r"""A mask decides which pixels n vote on the output pixel m:
 
@@ -42,9 +92,28 @@ class Masked(Locality):
 
     local = True
 
+    def __init__(self) -> None:
+        self._recent_runs = _Recent()
+
     @abc.abstractmethod
     def mask(self, noise: Noise, label: int | None = None) -> Tensor:
         """`M[n, m]` at one noise level, `(D, D)` bool (or float weights); the sum runs over n."""
+
+    def runs(self, noise: Noise, label: int | None = None) -> MaskRuns | None:
+        """The mask as runs, kept for recent noise levels; None for weights. Needs numba."""
+
+        def compute() -> tuple[MaskRuns | None, int]:
+            mask = self.mask(noise, label)
+            if mask.dtype != torch.bool:
+                return None, 0
+            runs = MaskRuns.of(mask)
+            return runs, runs.start.nbytes + runs.ends.nbytes
+
+        return self._recent_runs.get((int(noise.angle), self._statistics_of(label)), compute)
+
+    def _statistics_of(self, label: int | None) -> int | None:
+        """The class whose statistics make the mask, if any."""
+        return None
 
 
 class GivenMask(Masked):
@@ -56,6 +125,7 @@ class GivenMask(Masked):
     """
 
     def __init__(self, mask: Any, size: int) -> None:
+        super().__init__()
         self._mask: Callable[[Noise], Any] = mask if callable(mask) else lambda noise: mask
         self._size = size
         if isinstance(mask, str | int | float):
@@ -104,19 +174,23 @@ class PCAMask(Masked):
             raise unknown("mask_rule", rule, MASK_RULES)
         if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 <= threshold <= 1:
             raise GolddiffError(f"threshold is {threshold!r}: give a number from 0 to 1")
+        super().__init__()
         self.bank, self.threshold, self.rule, self.statistics = bank, threshold, rule, statistics
-        self._recent: OrderedDict[str, Tensor] = OrderedDict()
+        self._recent = _Recent()
+
+    def _statistics_of(self, label: int | None) -> int | None:
+        return label if self.statistics == "class" else None
 
     def mask(self, noise: Noise, label: int | None = None) -> Tensor:
-        label = label if self.statistics == "class" else None
+        label = self._statistics_of(label)
         what = f"{self.rule} {self.threshold!r} {label} {int(noise.angle)}"
         name = "mask-" + hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
-        kept = self._recent.pop(name, None)
-        if kept is None:
-            kept = self._compute(name, noise, label)
-        self._recent[name] = kept
-        while len(self._recent) > 1 and sum(t.nbytes for t in self._recent.values()) > BYTES_IN_MEMORY:
-            self._recent.popitem(last=False)
+
+        def compute() -> tuple[Tensor, int]:
+            mask = self._compute(name, noise, label)
+            return mask, mask.nbytes
+
+        kept = self._recent.get(name, compute)
         return kept if kept.is_floating_point() else _unpack(kept, self.bank.D)
 
     def _compute(self, name: str, noise: Noise, label: int | None) -> Tensor:

@@ -11,7 +11,16 @@ from typing import Self
 import torch
 from torch import Tensor
 
-__all__ = ["CONSTANT", "LARGEST_EIGENBASIS", "DenseCovariance", "Rows", "Spectrum", "Statistics", "compute_covariance", "compute_spectrum"]
+__all__ = [
+    "CONSTANT",
+    "LARGEST_EIGENBASIS",
+    "DenseCovariance",
+    "Rows",
+    "Spectrum",
+    "Statistics",
+    "compute_covariance",
+    "compute_spectrum",
+]
 
 LARGEST_EIGENBASIS = 4096  # of min(N, D); its time grows with the cube: 20 s here on two cores
 COLUMNS = 1024  # of a block

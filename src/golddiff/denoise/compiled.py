@@ -12,68 +12,27 @@ cancellation. Softmax and weighted mean follow while the sums are at hand: no ar
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..bank import Bank
+from ..locality import TILE, MaskRuns
 
-__all__ = ["MaskRuns", "masked_softmax", "usable"]
+__all__ = ["masked_softmax", "usable"]
 
 BLOCK = 2**14  # rows whose partial results are held at once
-TILE = 1024  # pixels of one prefix sum
 SMALLEST = 64  # pixels that are transposed at once
 WORTH = 2e9  # flops of the plain product from which compiling pays
 RESOLUTION = 3e-4  # largest standard error of a logit from whole-number sums
 
 
-@dataclass(frozen=True, eq=False)
-class MaskRuns:
-    """The columns of a mask as runs, tile by tile of `TILE` pixels.
-
-    Arguments:
-        start: `(tiles, D + 1)` where each column's entries of `ends` begin.
-        ends: begin and end of each run, one after the other, from the beginning of the tile; int16.
-        largest: most pixels in a column.
-    """
-
-    start: np.ndarray
-    ends: np.ndarray
-    largest: int
-
-    @staticmethod
-    def of(mask: Tensor) -> MaskRuns:
-        """The runs of a boolean mask M[n, m], `(D, D)`."""
-        size = len(mask)
-        starts, ends, done = [], [], 0
-        for first in range(0, size, TILE):
-            columns = np.zeros((size, min(TILE, size - first) + 2), dtype=np.int8)
-            columns[:, 1:-1] = mask[first : first + TILE].T.numpy()
-            column, place = np.nonzero(columns[:, 1:] != columns[:, :-1])
-            start = np.full(size + 1, done)
-            start[1:] += np.cumsum(np.bincount(column, minlength=size))
-            done += len(place)
-            starts.append(start)
-            ends.append(place.astype(np.int16))
-        return MaskRuns(np.stack(starts), np.concatenate(ends), int(mask.sum(0).max()))
-
-
-def usable(bank: Bank, x_t: Tensor, mask: Tensor, rows: int) -> bool:
-    """Whether the kernel can take this work, and is worth compiling for it."""
-    return (
-        2 * rows * bank.D**2 >= WORTH
-        and bank.D >= SMALLEST
-        and bank.is_uint8
-        and mask.dtype == torch.bool
-        and x_t.dtype == torch.float32
-        and x_t.device.type == "cpu"
-        and importlib.util.find_spec("numba") is not None
-    )
+def usable(bank: Bank, x_t: Tensor, rows: int) -> bool:
+    """Whether the kernel can take this work (if the mask has no weights), and is worth compiling for it."""
+    return bank.compiled and x_t.dtype == torch.float32 and bank.D >= SMALLEST and 2 * rows * bank.D**2 >= WORTH
 
 
 def masked_softmax(bank: Bank, q: Tensor, s: Tensor, rows: Tensor, runs: MaskRuns) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,11 +42,9 @@ def masked_softmax(bank: Bank, q: Tensor, s: Tensor, rows: Tensor, runs: MaskRun
         q: `(D,)` float64. s: `()` float64. rows: `(k,)`.
         runs: of the mask.
     """
-    import numba
+    from .. import kernels
 
-    from .kernels import masked_softmax_kernel, run_sums
-
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+    kernels.use_threads_of_torch()
     query, scale = q.numpy(), float(s)
     # the part q^2 is the same for all rows and is added at the end; what is left is small at high noise
     reach = scale * float(torch.maximum(bank.centre, 255 - bank.centre).max())
@@ -101,12 +58,12 @@ def masked_softmax(bank: Bank, q: Tensor, s: Tensor, rows: Tensor, runs: MaskRun
         query.astype(number),
         number(scale),
     )
-    kernel, unit = masked_softmax_kernel(whole), number(unit if whole else 1.0)
+    kernel, steps = kernels.masked_softmax_kernel(whole), number(unit if whole else 1.0)
     mask = (min(TILE, bank.D), runs.start, runs.ends)
-    blocks = [_merged(kernel(*arguments, part.numpy(), *mask, unit)) for part in rows.split(BLOCK)]
+    blocks = [_merged(kernel(*arguments, part.numpy(), *mask, steps)) for part in rows.split(BLOCK)]
     bank.bytes_read += len(rows) * bank.D
     peak, total, squares, mean = _merged([np.stack(parts) for parts in zip(*blocks, strict=True)])
-    log_total = peak + np.log(total) - run_sums(query**2, *mask) / 2
+    log_total = peak + np.log(total) - kernels.run_sums(query**2, *mask) / 2
     return torch.from_numpy(mean / total), torch.from_numpy(log_total), torch.from_numpy(total**2 / squares)
 
 

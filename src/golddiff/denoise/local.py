@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -11,16 +10,15 @@ from torch import Tensor
 from ..bank import Bank
 from ..errors import GolddiffError
 from ..golden import Everything, Subset, Support
-from ..locality import Masked
+from ..locality import Masked, MaskRuns
 from ..noise import Noise
 from ..posterior import Posterior, RunningSoftmax, softmax_of_rows
 from .base import Denoiser
-from .compiled import MaskRuns, masked_softmax, usable
+from .compiled import masked_softmax, usable
 
 __all__ = ["MaskedDenoiser"]
 
 BLOCK = 512
-RUNS_IN_MEMORY = 32
 
 
 class MaskedDenoiser(Denoiser):
@@ -54,7 +52,6 @@ class MaskedDenoiser(Denoiser):
         self.bank, self.locality, self.options = bank, locality, options or {}
         self.subset = subset or Everything(bank)
         self.legacy_batch = legacy_batch
-        self._runs: OrderedDict[tuple[int, int | None], MaskRuns] = OrderedDict()
         if legacy_batch:
             self.properties = frozenset({"convex"})
         elif not isinstance(self.subset, Everything):
@@ -63,13 +60,15 @@ class MaskedDenoiser(Denoiser):
     def _posterior(
         self, x_t: Tensor, noise: Noise, label: int | None, eligible: Tensor | None, seed: Tensor
     ) -> Posterior:
-        mask = self.locality.mask(noise[0], label)
         support = self.subset.select(x_t, noise, self.locality, eligible, seed)
         q, s = self.bank.query(x_t, noise)
-        if not self.legacy_batch and usable(self.bank, x_t, mask, len(support.rows_of(0))):
-            mean, log_total, ess = self._compiled(x_t, noise, mask, label, support)
+        compiled = not self.legacy_batch and usable(self.bank, x_t, len(support.rows_of(0)))
+        runs = self.locality.runs(noise[0], label) if compiled else None
+        if runs is not None:
+            mean, log_total, ess = self._compiled(x_t, noise, runs, support)
         else:
-            mean, log_total, ess = self._blocked(q, s, mask.to(x_t.device).to(x_t.dtype), support)
+            mask = self.locality.mask(noise[0], label).to(x_t.device).to(x_t.dtype)
+            mean, log_total, ess = self._blocked(q, s, mask, support)
 
         def weigh(b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
             rows, columns = support.rows_of(b), self.locality.mask(noise[0], label).to(x_t.device).to(x_t.dtype)
@@ -106,15 +105,8 @@ class MaskedDenoiser(Denoiser):
         ess = torch.stack([len(parts) ** 2 / torch.stack([1 / part.ess for part in parts]).sum(0) for parts in sums])
         return mean, log_total, ess
 
-    def _compiled(
-        self, x_t: Tensor, noise: Noise, mask: Tensor, label: int | None, support: Support
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same by the compiled kernel; the runs of recent masks are kept."""
-        key = (int(noise.angle[0]), label)
-        runs = self._runs.pop(key, None) or MaskRuns.of(mask)
-        self._runs[key] = runs
-        if len(self._runs) > RUNS_IN_MEMORY:
-            self._runs.popitem(last=False)
+    def _compiled(self, x_t: Tensor, noise: Noise, runs: MaskRuns, support: Support) -> tuple[Tensor, Tensor, Tensor]:
+        """The same by the compiled kernel."""
         q, s = self.bank.query(x_t.double(), noise)
         parts = [masked_softmax(self.bank, q[b], s[b], support.rows_of(b), runs) for b in range(len(q))]
         mean, log_total, ess = (torch.stack(tensors) for tensors in zip(*parts, strict=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,14 +12,15 @@ from ..bank import Bank
 from ..golden import Everything, Subset, fast_scores
 from ..locality import WholeImage
 from ..noise import Noise
-from ..posterior import Posterior, RunningSoftmax, softmax_of_rows
+from ..posterior import Posterior, softmax_of_rows
 from .base import Denoiser
 
 __all__ = ["Optimal"]
 
-BLOCK = 2048
+LOGITS_AT_ONCE = 2**26  # of images that are scanned together
 MEASURED_AGAIN = 512  # up to so many rows of weight are measured again by differences
 NEGLIGIBLE = 20.0  # rows whose weights together are under exp(-20)
+NOTHING = 45.0  # a row of weight exp(-45) is nothing to double precision
 
 
 class Optimal(Denoiser):
@@ -50,8 +50,8 @@ class Optimal(Denoiser):
         if isinstance(self.subset, Everything):
             mean, log_total, ess = self._scan(q, s, eligible)
         else:
-            sums = [self._measured(q[b], s[b], support.rows_of(b)) for b in range(len(q))]
-            mean, log_total, ess = (torch.stack([getattr(t, n) for t in sums]) for n in ("mean", "log_total", "ess"))
+            parts = [self._measured(q[b], s[b], support.rows_of(b)) for b in range(len(q))]
+            mean, log_total, ess = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
 
         def weigh(b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
             rows = support.rows_of(b)
@@ -68,45 +68,51 @@ class Optimal(Denoiser):
             _keys=self.bank.keys,
         )
 
-    def _measured(self, q: Tensor, s: Tensor, rows: Tensor) -> RunningSoftmax:
-        """The posterior of one image over some rows, by differences in float64."""
-        total, q, s = RunningSoftmax(), q.double(), s.double()
-        for part in rows.split(BLOCK):
-            v = self.bank.centred(part, torch.float64)
-            total.add(torch.sub(q, v * s).square_().sum(1).mul_(-0.5), v)
-        return total
+    def _measured(self, q: Tensor, s: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean (of the centred rows) `(D,)`, log of the total and ess of one image over some rows, by distances in
+        float64."""
+        logits = self.bank.distances(q, s, rows) / -2
+        weighty = logits >= logits.max() - NOTHING
+        weights, log_total, ess = softmax_of_rows(logits[weighty])
+        dtype = torch.float64 if len(weights) <= MEASURED_AGAIN else q.dtype
+        mean = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+        for part, _, v in self.bank.blocks(rows[weighty], dtype):
+            mean += weights[part].to(dtype) @ v
+        return mean, log_total, ess
 
     def _scan(self, q: Tensor, s: Tensor, eligible: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Mean (of the centred rows), `(B, D)`, log of the total and ess, `(B,)`, over all eligible rows."""
         count = len(self.bank) if eligible is None else len(eligible)
-        logits = torch.empty(len(q), count, dtype=q.dtype, device=q.device)
-        error = torch.zeros(len(q), dtype=torch.float64, device=q.device)
-        for part, v, norms in self._blocks(count, eligible, q.dtype):
-            scores, tolerance = fast_scores(q, s, v, norms.to(q.dtype))
-            logits[:, part] = scores.mul_(-0.5)
-            error = torch.maximum(error, tolerance / 2)
-        floor = logits.amax(1).double() - 2 * error - NEGLIGIBLE - math.log(count)
-        carried = [(row.double() >= low).nonzero()[:, 0] for row, low in zip(logits, floor, strict=True)]
-        few = [b for b, rows in enumerate(carried) if len(rows) <= MEASURED_AGAIN]
-        many = [b for b in range(len(q)) if b not in few]
-        mean = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
-        log_total, ess = mean.new_zeros(len(q)), mean.new_zeros(len(q))
-        for b in few:
-            rows = carried[b] if eligible is None else eligible[carried[b]]
-            total = self._measured(q[b], s[b], rows)
-            mean[b], log_total[b], ess[b] = total.mean, total.log_total, total.ess
-        if many:
-            weights, log_total[many], ess[many] = softmax_of_rows(logits[many])
-            log_total[many] -= q[many].double().square().sum(1) / 2
-            weights = weights.to(q.dtype)
-            for part, v, _ in self._blocks(count, eligible, q.dtype):
-                mean[many] += weights[:, part] @ v
+        together = max(1, LOGITS_AT_ONCE // count)
+        parts = [self._scan_some(*some, eligible) for some in zip(q.split(together), s.split(together), strict=True)]
+        mean, log_total, ess = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return mean, log_total, ess
 
-    def _blocks(
-        self, count: int, eligible: Tensor | None, dtype: torch.dtype
-    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        for start in range(0, count, BLOCK):
-            part = slice(start, min(start + BLOCK, count))
-            rows = part if eligible is None else eligible[part]
-            yield part, self.bank.centred(rows, dtype), self.bank.norms[rows]
+    def _scan_some(self, q: Tensor, s: Tensor, eligible: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """One pass over the rows: logits by a product with each block, and where a block can matter its weighted sum
+        by another, while it is in the cache. Few rows of weight are measured again."""
+        count = len(self.bank) if eligible is None else len(eligible)
+        logits = q.new_empty(len(q), count)
+        mean, peak = torch.zeros_like(q), q.new_full((len(q),), -math.inf)
+        total, squares, error = (torch.zeros(len(q), dtype=torch.float64, device=q.device) for _ in range(3))
+        for part, rows, v in self.bank.blocks(eligible, q.dtype):
+            scores, tolerance = fast_scores(q, s, v, self.bank.norms[rows].to(q.dtype))
+            logits[:, part] = block = scores.mul_(-0.5)
+            error = torch.maximum(error, tolerance / 2)
+            top = block.amax(1)
+            before, peak = peak, torch.maximum(peak, top)
+            reach = 2 * error + NEGLIGIBLE + math.log(count)
+            if bool((top >= peak - reach).any()):
+                e = block.sub_(peak[:, None]).exp_()
+                shrink = (before - peak).exp_()
+                mean.mul_(shrink[:, None]).addmm_(e, v)
+                total = total * shrink.double() + e.sum(1)
+                squares = squares * shrink.double() ** 2 + e.square_().sum(1)
+        carried = logits >= (peak - reach)[:, None]
+        mean = mean.double() / total[:, None]
+        log_total = peak.double() + total.log() - q.double().square().sum(1) / 2
+        ess = total**2 / squares
+        for b in (carried.sum(1) <= MEASURED_AGAIN).nonzero()[:, 0].tolist():
+            rows = carried[b].nonzero()[:, 0]
+            mean[b], log_total[b], ess[b] = self._measured(q[b], s[b], rows if eligible is None else eligible[rows])
+        return mean, log_total, ess

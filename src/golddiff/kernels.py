@@ -12,12 +12,12 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import njit, prange, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["LANES", "masked_softmax_kernel", "run_sums"]
+__all__ = ["LANES", "count_runs", "distances", "fill_runs", "masked_softmax_kernel", "run_sums", "use_threads_of_torch"]
 
 LANES = 64
 GROUP = 2  # blocks of 64 rows that make one partial softmax
@@ -34,8 +34,60 @@ def compiled(function: Callable[..., Any], **options: Any) -> Any:
         return make()(function)
 
 
+def use_threads_of_torch() -> None:
+    """As many threads as torch uses."""
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+def _distances(pixels, centre, q, s, rows):
+    """`|q - s (pixels - centre)|^2` of some rows, `(n,)` float64; q `(D,)` and s float64."""
+    out = np.empty(len(rows))
+    for i in prange(len(rows)):
+        row, total = rows[i], 0.0
+        for n in range(len(q)):
+            d = q[n] - s * (np.float64(pixels[row, n]) - centre[n])
+            total += d * d
+        out[i] = total
+    return out
+
+
+def _count_runs(columns, tile):
+    """How many ends the runs of each column `(P, D)` have in each tile, `(tiles, P)`."""
+    size = columns.shape[1]
+    counts = np.zeros(((size + tile - 1) // tile, len(columns)), np.int64)
+    for m in prange(len(columns)):
+        for t in range(len(counts)):
+            before = False
+            for n in range(t * tile, min((t + 1) * tile, size)):
+                counts[t, m] += columns[m, n] != before
+                before = columns[m, n]
+            counts[t, m] += before
+    return counts
+
+
+def _fill_runs(columns, tile, start, ends):
+    """Writes the ends of the runs, from the beginning of their tile."""
+    size = columns.shape[1]
+    for m in prange(len(columns)):
+        for t in range(len(start)):
+            before, j = False, start[t, m]
+            stop = min((t + 1) * tile, size)
+            for n in range(t * tile, stop):
+                if columns[m, n] != before:
+                    ends[j] = n - t * tile
+                    j += 1
+                before = columns[m, n]
+            if before:
+                ends[j] = stop - t * tile
+
+
+distances = compiled(_distances, parallel=True)
+count_runs = compiled(_count_runs, parallel=True)
+fill_runs = compiled(_fill_runs, parallel=True)
+
+
 @intrinsic
-def add_runs(typingctx, sums, prefix, ends, first, last, kind):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def add_runs(typingctx, sums, prefix, ends, first, last, kind):
     """`sums[w] += prefix[ends[j + 1], w] - prefix[ends[j], w]` over `j = first, first + 2, ... < last`.
 
     Addresses of 64 lanes of the type of `kind`, of rows of such lanes, and of int16; sums stay in registers.
@@ -43,7 +95,7 @@ def add_runs(typingctx, sums, prefix, ends, first, last, kind):  # type: ignore[
     number = ir.IntType(32) if kind == types.int32 else ir.DoubleType()
     size = 4 if kind == types.int32 else 8
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def generate(context, builder, signature, arguments):
         lanes = ir.VectorType(number, LANES)
         address, prefix, ends, first, last, _ = arguments
         word = first.type
@@ -65,7 +117,9 @@ def add_runs(typingctx, sums, prefix, ends, first, last, kind):  # type: ignore[
         pair = builder.add(ends, builder.shl(j, word(1)))
 
         def row(offset: int) -> Any:
-            place = builder.load(builder.inttoptr(builder.add(pair, word(offset)), ir.IntType(16).as_pointer()), align=2)
+            place = builder.load(
+                builder.inttoptr(builder.add(pair, word(offset)), ir.IntType(16).as_pointer()), align=2
+            )
             step = builder.mul(builder.zext(place, word), word(LANES * size))
             return builder.load(builder.inttoptr(builder.add(prefix, step), lanes.as_pointer()), align=size)
 
@@ -80,13 +134,13 @@ def add_runs(typingctx, sums, prefix, ends, first, last, kind):  # type: ignore[
 
 
 @intrinsic
-def transpose(typingctx, source, rows, target):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def transpose(typingctx, source, rows, target):
     """A block of 64 x 64 bytes: `target[n, w] = source[rows[w] + n]`.
 
     Addresses of bytes, of 64 int64 offsets, and of 64 x 64 bytes. Six rounds of interleaving transpose it.
     """
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def generate(context, builder, signature, arguments):
         lanes = ir.VectorType(BYTE, LANES)
         source, rows, target = arguments
         word = source.type
@@ -110,7 +164,7 @@ def transpose(typingctx, source, rows, target):  # type: ignore[no-untyped-def] 
 
 
 @compiled
-def aligned(count, width):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def aligned(count, width):
     """An empty array of `count` rows of 64 numbers of `width` bytes, as bytes, at the beginning of a cache line.
 
     Vectors that cross cache lines are read at a third of the speed.
@@ -122,7 +176,7 @@ def aligned(count, width):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN2
 
 
 @compiled
-def run_sums(values, tile, start, ends):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def run_sums(values, tile, start, ends):
     """Sums of values `(D,)` over the runs of each column, `(D,)` float64."""
     size = len(values)
     out = np.zeros(size)
@@ -146,11 +200,11 @@ def masked_softmax_kernel(whole: bool) -> Any:
     float64 each, of the logits `-sum over runs of d / 2` where `d = s v (s v - 2 q)`, `v = pixels - centre`. `start`
     `(tiles, D + 1)` says where the runs of each column begin in `ends`, which count from the beginning of the tile.
     """
-    kept, kind, rounding = (np.int32, numba.int32, True) if whole else (np.float64, numba.float64, False)
+    kept, rounding = (np.int32, True) if whole else (np.float64, False)
     chunk, width = GROUP * LANES, np.dtype(kept).itemsize
     unused = kept(0)
 
-    def kernel(pixels, centre, q, s, rows, tile, start, ends, unit):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def kernel(pixels, centre, q, s, rows, tile, start, ends, unit):
         size, count = len(q), len(rows)
         chunks = (count + chunk - 1) // chunk
         peaks = np.full((chunks, size), -np.inf)
