@@ -41,7 +41,7 @@ META = "bank.json"
 DERIVED = "derived"
 DERIVED_FORMAT = 1  # to be raised when a formula of what is derived changes
 KEPT_IN_MEMORY = 4
-BLOCK_NUMBERS = 2**20  # of a block that stays in a processor's cache
+BLOCK_NUMBERS = 2**21  # of a block that stays in a processor's cache
 WORTH_COMPILING = 2**22  # pixels to compare from which a compiled loop is loaded
 ARRAYS = ("pixels", "labels", "ids", "keys", "centre", "norms", "proxy")
 

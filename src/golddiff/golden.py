@@ -287,9 +287,17 @@ def fast_scores(q: Tensor, s: Tensor, v: Tensor, norms: Tensor) -> tuple[Tensor,
     """`|q - s v|^2 - |q|^2` by one product, `(B, n)`, and a generous bound of its rounding error, `(B,)`."""
     s = s[:, None].double()
     scores = torch.addmm((s**2).to(v.dtype) * norms, (-2 * s * q).to(v.dtype), v.T)
-    longest = norms.max().double().sqrt()
-    scale = s[:, 0] * longest * (2 * q.double().norm(dim=1) + s[:, 0] * longest)
-    return scores, 32 * torch.finfo(v.dtype).eps * scale
+    return scores, 2 * rounding(s[:, 0], q.double().norm(dim=1), norms, v.dtype)
+
+
+def rounding(s: Tensor, lengths: Tensor, norms: Tensor, dtype: torch.dtype) -> Tensor:
+    """A generous bound of the rounding error of `s^2 |v|^2 / 2 - s q v` by a product in `dtype`, `(B,)` float64.
+
+    Arguments:
+        s: `(B,)`. lengths: `|q|`, `(B,)` float64. norms: `|v|^2`, `(n,)`.
+    """
+    reach = s.double() * norms.max().double().sqrt()
+    return 16 * torch.finfo(dtype).eps * reach * (2 * lengths + reach)
 
 
 def smallest(

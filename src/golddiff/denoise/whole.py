@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..bank import Bank
-from ..golden import Everything, Subset, fast_scores
+from ..golden import Everything, Subset, rounding
 from ..locality import WholeImage
 from ..noise import Noise
 from ..posterior import Posterior, softmax_of_rows
@@ -20,6 +20,8 @@ __all__ = ["Optimal"]
 LOGITS_AT_ONCE = 2**26  # of images that are scanned together
 MEASURED_AGAIN = 512  # up to so many rows of weight are measured again by differences
 NEGLIGIBLE = 20.0  # rows whose weights together are under exp(-20)
+SLACK = 8.0  # weights up to exp(8) do no harm, and sums are scaled less often
+TINY = 80.0  # exp(-80) stands for all that is smaller: denormal numbers are slow
 NOTHING = 45.0  # a row of weight exp(-45) is nothing to double precision
 
 
@@ -90,29 +92,40 @@ class Optimal(Denoiser):
 
     def _scan_some(self, q: Tensor, s: Tensor, eligible: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """One pass over the rows: logits by a product with each block, and where a block can matter its weighted sum
-        by another, while it is in the cache. Few rows of weight are measured again."""
+        by another, while it is in the cache. Few rows of weight are measured again.
+
+        Images go along the last axis: so both products are fastest.
+        """
         count = len(self.bank) if eligible is None else len(eligible)
-        logits = q.new_empty(len(q), count)
-        mean, peak = torch.zeros_like(q), q.new_full((len(q),), -math.inf)
+        logits = q.new_empty(count, len(q))
+        mean, peak = q.new_zeros(q.shape[1], len(q)), q.new_full((len(q),), -math.inf)
         total, squares, error = (torch.zeros(len(q), dtype=torch.float64, device=q.device) for _ in range(3))
+        query, half = (s.double()[:, None] * q).to(q.dtype), (s.double() ** 2 / -2).to(q.dtype)
+        reach, lengths = NEGLIGIBLE + math.log(count), q.double().norm(dim=1)
         for part, rows, v in self.bank.blocks(eligible, q.dtype):
-            scores, tolerance = fast_scores(q, s, v, self.bank.norms[rows].to(q.dtype))
-            logits[:, part] = block = scores.mul_(-0.5)
-            error = torch.maximum(error, tolerance / 2)
-            top = block.amax(1)
-            before, peak = peak, torch.maximum(peak, top)
-            reach = 2 * error + NEGLIGIBLE + math.log(count)
-            if bool((top >= peak - reach).any()):
-                e = block.sub_(peak[:, None]).exp_()
+            norms = self.bank.norms[rows]
+            block = torch.mul(norms.to(q.dtype)[:, None], half, out=logits[part]).addmm_(v, query.T)
+            error = torch.maximum(error, rounding(s, lengths, norms, q.dtype))
+            top = block.amax(0)
+            if bool((top > peak + SLACK).any()):
+                before, peak = peak, torch.maximum(peak, top)
                 shrink = (before - peak).exp_()
-                mean.mul_(shrink[:, None]).addmm_(e, v)
-                total = total * shrink.double() + e.sum(1)
-                squares = squares * shrink.double() ** 2 + e.square_().sum(1)
-        carried = logits >= (peak - reach)[:, None]
-        mean = mean.double() / total[:, None]
-        log_total = peak.double() + total.log() - q.double().square().sum(1) / 2
+                mean.mul_(shrink)
+                total, squares = total * shrink, squares * shrink**2
+            if bool((top >= peak - 2 * error - reach).any()):
+                e = torch.sub(block, peak).clamp_(min=-TINY).exp_()
+                mean.addmm_(v.T, e)
+                total += e.sum(0)
+                squares += torch.linalg.vector_norm(e, dim=0).double() ** 2
         ess = total**2 / squares
-        for b in (carried.sum(1) <= MEASURED_AGAIN).nonzero()[:, 0].tolist():
-            rows = carried[b].nonzero()[:, 0]
-            mean[b], log_total[b], ess[b] = self._measured(q[b], s[b], rows if eligible is None else eligible[rows])
+        mean = mean.T.double() / total[:, None]
+        log_total = peak.double() + total.log() - lengths**2 / 2
+        floor = (logits.amax(0).double() - 2 * error - reach).to(q.dtype)
+        floor[ess > MEASURED_AGAIN] = math.inf
+        carried = logits >= floor
+        carried &= carried.sum(0, dtype=torch.int32) <= MEASURED_AGAIN
+        where, which = carried.nonzero(as_tuple=True)
+        for b in which.unique().tolist():
+            chosen = where[which == b]
+            mean[b], log_total[b], ess[b] = self._measured(q[b], s[b], chosen if eligible is None else eligible[chosen])
         return mean, log_total, ess
