@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from ..bank import Bank
-from ..golden import Everything, Subset, rounding
+from ..golden import Everything, Subset
 from ..locality import WholeImage
 from ..noise import Noise
 from ..posterior import Posterior, softmax_of_rows
 from .base import Denoiser
+from .scan import SLACK, scan_of
 
 __all__ = ["Optimal"]
 
 LOGITS_AT_ONCE = 2**26  # of images that are scanned together
 MEASURED_AGAIN = 512  # up to so many rows of weight are measured again by differences
 NEGLIGIBLE = 20.0  # rows whose weights together are under exp(-20)
-SLACK = 8.0  # weights up to exp(8) do no harm, and sums are scaled less often
 TINY = 80.0  # exp(-80) stands for all that is smaller: denormal numbers are slow
 NOTHING = 45.0  # a row of weight exp(-45) is nothing to double precision
 
@@ -93,33 +93,26 @@ class Optimal(Denoiser):
     def _scan_some(self, q: Tensor, s: Tensor, eligible: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """One pass over the rows: logits by a product with each block, and where a block can matter its weighted sum
         by another, while it is in the cache. Few rows of weight are measured again.
-
-        Images go along the last axis: so both products are fastest.
         """
-        count = len(self.bank) if eligible is None else len(eligible)
-        logits = q.new_empty(count, len(q))
-        mean, peak = q.new_zeros(q.shape[1], len(q)), q.new_full((len(q),), -math.inf)
+        count, scan = len(self.bank) if eligible is None else len(eligible), scan_of(self.bank, q, s)
+        logits, peak = q.new_empty(count, len(q)), q.new_full((len(q),), -math.inf)
         total, squares, error = (torch.zeros(len(q), dtype=torch.float64, device=q.device) for _ in range(3))
-        query, half = (s.double()[:, None] * q).to(q.dtype), (s.double() ** 2 / -2).to(q.dtype)
-        reach, lengths = NEGLIGIBLE + math.log(count), q.double().norm(dim=1)
-        for part, rows, v in self.bank.blocks(eligible, q.dtype):
-            norms = self.bank.norms[rows]
-            block = torch.mul(norms.to(q.dtype)[:, None], half, out=logits[part]).addmm_(v, query.T)
-            error = torch.maximum(error, rounding(s, lengths, norms, q.dtype))
-            top = block.amax(0)
+        reach = NEGLIGIBLE + math.log(count)
+        for part, rows, block in scan.blocks(eligible):
+            error = torch.maximum(error, scan.logits(block, self.bank.norms[rows], out=logits[part]))
+            top = logits[part].amax(0)
             if bool((top > peak + SLACK).any()):
                 before, peak = peak, torch.maximum(peak, top)
-                shrink = (before - peak).exp_()
-                mean.mul_(shrink)
-                total, squares = total * shrink, squares * shrink**2
+                factor = (before - peak).double().exp_()
+                scan.shrink(factor)
+                total, squares = total * factor, squares * factor**2
             if bool((top >= peak - 2 * error - reach).any()):
-                e = torch.sub(block, peak).clamp_(min=-TINY).exp_()
-                mean.addmm_(v.T, e)
-                total += e.sum(0)
-                squares += torch.linalg.vector_norm(e, dim=0).double() ** 2
+                weights = torch.sub(logits[part], peak).clamp_(min=-TINY).exp_()
+                total += scan.add(block, weights)
+                squares += torch.linalg.vector_norm(weights, dim=0).double() ** 2
         ess = total**2 / squares
-        mean = mean.T.double() / total[:, None]
-        log_total = peak.double() + total.log() - lengths**2 / 2
+        mean = scan.weighted_sum(total) / total[:, None]
+        log_total = peak.double() + total.log() - q.double().square().sum(1) / 2
         floor = (logits.amax(0).double() - 2 * error - reach).to(q.dtype)
         floor[ess > MEASURED_AGAIN] = math.inf
         carried = logits >= floor
