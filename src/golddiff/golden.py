@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,7 @@ __all__ = [
 
 PADDING = -1
 BLOCK = 8192
+FEW_IMAGES = 3  # whose proxies are compared faster one by one
 SCORES_AT_ONCE = 2**26  # proxy scores of images that are compared together
 
 
@@ -231,23 +233,37 @@ def _nearest_proxies(
 ) -> Iterator[Tensor]:
     """As `nearest_proxies`, for images whose scores are held at once; q are pooled, float64."""
 
-    def scores(images: slice, positions: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
-        out = torch.empty(len(q[images]), size, device=q.device)
-        error = torch.zeros(len(out), dtype=torch.float64, device=q.device)
+    def row(position: Tensor) -> Tensor:
+        return position if eligible is None else eligible[position]
+
+    def products(images: slice, positions: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
+        out = torch.empty(size, len(q[images]), device=q.device)
+        error = torch.zeros(out.shape[1], dtype=torch.float64, device=q.device)
         for start in range(0, size, BLOCK):
             part: Tensor | slice = slice(start, min(start + BLOCK, size))
             chosen = row(positions[part]) if positions is not None else part if eligible is None else eligible[part]
             p, norms = bank.proxy[chosen], bank.proxy_norms[chosen]
             bank.bytes_read += p.nbytes
-            out[:, part], tolerance = fast_scores(q[images], s[images], p, norms)
+            scores, tolerance = fast_scores(q[images], s[images], p, norms)
+            out[part] = scores
             error = torch.maximum(error, tolerance)
-        return out, error
+        return out.T.contiguous(), error
 
-    def row(position: Tensor) -> Tensor:
-        return position if eligible is None else eligible[position]
+    def compiled(b: int, pool: Tensor | None) -> tuple[Tensor, Tensor]:
+        from . import kernels
+
+        kernels.use_threads_of_torch()
+        rows = row(torch.arange(total) if pool is None else pool)
+        norms = bank.proxy_norms[rows]
+        bank.bytes_read += len(rows) * bank.proxy.shape[1] * 4
+        query, scale = (-2 * s[b].double() * q[b]).float(), float(s[b])
+        values = torch.from_numpy(kernels.dots(bank.proxy.numpy(), query.numpy(), rows.numpy()))
+        error = 2 * rounding(s[b : b + 1], q[b : b + 1].norm(dim=1), norms, torch.float32)
+        return values.add_(norms, alpha=scale**2), error[0]
 
     sizes = [total if pool is None else len(pool) for pool in pools]
-    shared = scores(slice(None), None, total) if sum(sizes) > total / 2 else None
+    one_by_one = bank.compiled and len(q) <= FEW_IMAGES and total * bank.proxy.shape[1] >= WORTH_COMPILING
+    shared = products(slice(None), None, total) if not one_by_one and sum(sizes) > total / 2 else None
     for b, pool in enumerate(pools):
 
         def position(i: Tensor, pool: Tensor | None = pool) -> Tensor:
@@ -257,8 +273,10 @@ def _nearest_proxies(
             proxies = (bank.proxy[row(position(part))].double() for part in i.split(BLOCK))
             return torch.cat([(q[b] - s[b].double() * p).square_().sum(1) for p in proxies])
 
-        if shared is None:
-            values, error = (t[0] for t in scores(slice(b, b + 1), pool, sizes[b]))
+        if one_by_one:
+            values, error = compiled(b, pool)
+        elif shared is None:
+            values, error = (t[0] for t in products(slice(b, b + 1), pool, sizes[b]))
         else:
             values, error = shared[0][b] if pool is None else shared[0][b, pool], shared[1][b]
         yield position(smallest(values, count, float(error), exact, lambda i: bank.keys[row(position(i))]))
@@ -266,8 +284,9 @@ def _nearest_proxies(
 
 def nearest_rows(bank: Bank, q: Tensor, s: Tensor, rows: Tensor, count: int) -> Tensor:
     """The `count` rows nearest to one image at full resolution, ascending; q `(D,)`, s `()`."""
+    rows = rows.sort().values
     if count >= len(rows):
-        return rows.sort().values
+        return rows
 
     def exact(i: Tensor) -> Tensor:
         return bank.distances(q, s, rows[i])
@@ -277,17 +296,16 @@ def nearest_rows(bank: Bank, q: Tensor, s: Tensor, rows: Tensor, count: int) -> 
     else:
         scores, error = torch.empty(len(rows), dtype=q.dtype, device=q.device), 0.0
         for part, chosen, v in bank.blocks(rows, q.dtype):
-            scores[part], tolerance = fast_scores(q[None], s[None], v, bank.norms[chosen].to(q.dtype))
-            error = max(error, float(tolerance))
+            part_scores, tolerance = fast_scores(q[None], s[None], v, bank.norms[chosen].to(q.dtype))
+            scores[part], error = part_scores[:, 0], max(error, float(tolerance))
     chosen = smallest(scores, count, error, exact, lambda i: bank.keys[rows[i]])
     return rows[chosen].sort().values
 
 
 def fast_scores(q: Tensor, s: Tensor, v: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-    """`|q - s v|^2 - |q|^2` by one product, `(B, n)`, and a generous bound of its rounding error, `(B,)`."""
-    s = s[:, None].double()
-    scores = torch.addmm((s**2).to(v.dtype) * norms, (-2 * s * q).to(v.dtype), v.T)
-    return scores, 2 * rounding(s[:, 0], q.double().norm(dim=1), norms, v.dtype)
+    """`|q - s v|^2 - |q|^2` by one product, `(n, B)`, and a generous bound of its rounding error, `(B,)`."""
+    squares, query = (s.double() ** 2).to(v.dtype), (-2 * s.double()[:, None] * q).to(v.dtype)
+    return (norms[:, None] * squares).addmm_(v, query.T), 2 * rounding(s, q.double().norm(dim=1), norms, v.dtype)
 
 
 def rounding(s: Tensor, lengths: Tensor, norms: Tensor, dtype: torch.dtype) -> Tensor:
@@ -313,7 +331,7 @@ def smallest(
     """
     if count >= len(fast):
         return torch.arange(len(fast), device=fast.device)
-    cut = fast.kthvalue(count).values.double()
+    cut = _kth(fast, count).double()
     sure = (fast.double() < cut - 2 * tolerance).nonzero()[:, 0]
     near = ((fast.double() - cut).abs() <= 2 * tolerance).nonzero()[:, 0]
     if len(sure) + len(near) > count:
@@ -323,7 +341,7 @@ def smallest(
 
 
 def draw(keys: Tensor, count: int, seed: int, level: int) -> Tensor:
-    """Positions of `count` rows drawn uniformly without replacement: those with the smallest hash.
+    """Positions of `count` rows drawn uniformly without replacement, ascending: those with the smallest hash.
 
     Arguments:
         keys: `(n,)` int64, of the rows. seed: of the image. level: of the noise, `Noise.angle`.
@@ -332,7 +350,16 @@ def draw(keys: Tensor, count: int, seed: int, level: int) -> Tensor:
         return torch.arange(len(keys), device=keys.device)
     salt = hashed(hashed(torch.tensor(seed)) ^ torch.tensor(level))
     values = hashed(keys ^ salt.to(keys.device))
-    return values.topk(count, largest=False, sorted=False).indices
+    if values.device.type == "cpu":  # NumPy's selection is several times as fast as torch's
+        return torch.from_numpy(np.sort(np.argpartition(values.numpy(), count)[:count]))
+    return values.topk(count, largest=False, sorted=False).indices.sort().values
+
+
+def _kth(values: Tensor, count: int) -> Tensor:
+    """The value that would be number `count` (from 1) in order."""
+    if values.device.type == "cpu":
+        return torch.tensor(np.partition(values.numpy(), count - 1)[count - 1])
+    return values.kthvalue(count).values
 
 
 def hashed(x: Tensor) -> Tensor:

@@ -17,7 +17,16 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
-__all__ = ["LANES", "count_runs", "distances", "fill_runs", "masked_softmax_kernel", "run_sums", "use_threads_of_torch"]
+__all__ = [
+    "LANES",
+    "count_runs",
+    "distances",
+    "dots",
+    "fill_runs",
+    "masked_softmax_kernel",
+    "run_sums",
+    "use_threads_of_torch",
+]
 
 LANES = 64
 GROUP = 2  # blocks of 64 rows that make one partial softmax
@@ -47,6 +56,17 @@ def _distances(pixels, centre, q, s, rows):
         for n in range(len(q)):
             d = q[n] - s * (np.float64(pixels[row, n]) - centre[n])
             total += d * d
+        out[i] = total
+    return out
+
+
+def _dots(matrix, q, rows):
+    """`matrix[rows] @ q`, `(n,)`, in float32."""
+    out = np.empty(len(rows), np.float32)
+    for i in prange(len(rows)):
+        row, total = matrix[rows[i]], np.float32(0)
+        for n in range(len(q)):
+            total += row[n] * q[n]
         out[i] = total
     return out
 
@@ -82,6 +102,7 @@ def _fill_runs(columns, tile, start, ends):
 
 
 distances = compiled(_distances, parallel=True)
+dots = compiled(_dots, parallel=True)
 count_runs = compiled(_count_runs, parallel=True)
 fill_runs = compiled(_fill_runs, parallel=True)
 
