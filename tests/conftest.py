@@ -10,6 +10,19 @@ import torch
 import golddiff as gd
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cuda", help="device of the tests that compare one with the CPU")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device that is compared with the CPU; tests are skipped where it is not there."""
+    wanted = torch.device(request.config.getoption("--device"))
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device here")
+    return wanted
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every session builds its banks anew, in a cache of its own."""

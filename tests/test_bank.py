@@ -8,8 +8,8 @@ import torch
 
 import golddiff as gd
 import oracles
-from conftest import toy_arrays
-from golddiff.locality import PCAMask
+from conftest import noisy, toy_arrays
+from golddiff.locality import MASK_RULES, PCAMask
 from golddiff.proxy import Pooling
 from test_images import write_idx
 
@@ -46,6 +46,47 @@ def test_spectrum_is_that_of_the_covariance(count, kind):
     constant = 1 * 5 + 1
     assert not spectrum.varying[constant]
     assert u[constant].abs().max() == 0
+
+
+@pytest.mark.parametrize("count", [200, 40])
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_large_images_keep_the_covariance_itself(count, kind, monkeypatch):
+    pixels, labels = toy_arrays(count)
+    pixels[:, 0, 1, 1] = 77  # a constant pixel
+    if kind is np.float32:
+        pixels = pixels.astype(np.float32) / 127.5 - 1
+    eigen, dense = gd.Bank.build(pixels, labels=labels), gd.Bank.build(pixels, labels=labels)
+    spectra = {"eigen": [eigen.spectrum(), eigen.spectrum(1)]}
+    monkeypatch.setattr("golddiff.bank.LARGEST_EIGENBASIS", 4)
+    spectra["dense"] = [dense.spectrum(), dense.spectrum(1)]
+    x = torch.randn(5, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:, 6] = 0  # nothing is there where nothing varies
+    for a, b in zip(spectra["eigen"], spectra["dense"], strict=True):
+        assert type(a).__name__ == "Spectrum"
+        assert type(b).__name__ == "DenseCovariance"
+        assert torch.allclose(a.mean, b.mean, atol=1e-12)
+        assert torch.equal(a.varying, b.varying)
+        for alpha, sigma in ((0.0, 1.0), (1e-5, 1.0), (0.3, 0.9), (1.0, 0.1), (1.0, 1e-2)):
+            (own, columns), (own_b, columns_b) = a.filter(alpha, sigma), b.filter(alpha, sigma)
+            w, w_b = (torch.cat([block.clone() for _, block in c()], dim=1) for c in (columns, columns_b))
+            assert torch.allclose(own, own_b, rtol=1e-6, atol=1e-9)
+            assert torch.allclose(w, w_b, rtol=1e-6, atol=1e-7)
+        levels = torch.tensor([[0.3, 0.9], [1.0, 0.1], [0.3, 0.9], [0.0, 1.0], [1.0, 0.01]], dtype=torch.float64)
+        results = [one.denoise(x, levels[:, :1], levels[:, 1:]) for one in (a, b)]
+        assert torch.allclose(results[0][0], results[1][0], atol=1e-8)
+        assert torch.allclose(results[0][1], results[1][1], rtol=1e-8)
+
+
+def test_masks_and_wiener_of_large_images_are_the_same(monkeypatch):
+    pixels, _ = toy_arrays(200)
+    noise = gd.DDPM()(400)
+    eigen, dense = gd.Bank.build(pixels), gd.Bank.build(pixels)
+    x_t = noisy(eigen, noise)
+    wanted = [PCAMask(eigen, 0.02, rule).mask(noise) for rule in MASK_RULES]
+    mean = gd.denoiser("wiener", eigen)(x_t, noise).mean
+    monkeypatch.setattr("golddiff.bank.LARGEST_EIGENBASIS", 4)
+    assert all(torch.equal(PCAMask(dense, 0.02, r).mask(noise), m) for r, m in zip(MASK_RULES, wanted, strict=True))
+    assert torch.allclose(gd.denoiser("wiener", dense)(x_t, noise).mean, mean, atol=1e-10)
 
 
 def test_spectrum_of_a_class(toy):

@@ -337,8 +337,8 @@ class Bank:
 
             kernels.use_threads_of_torch()
             self.bytes_read += len(rows) * self.D
-            pixels, centre = self.pixels.flatten(1).numpy(), self.centre.numpy()
-            return torch.from_numpy(kernels.distances(pixels, centre, q.numpy(), float(s), rows.numpy()))
+            shifted = (q + s * self.centre.double()).numpy()
+            return torch.from_numpy(kernels.distances(self.pixels.flatten(1).numpy(), shifted, float(s), rows.numpy()))
         out = torch.empty(len(rows), dtype=torch.float64, device=q.device)
         for part, _, v in self.blocks(rows, torch.float64):
             out[part] = torch.sub(q, v.mul_(s), out=v).square_().sum(1)

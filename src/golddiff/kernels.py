@@ -48,13 +48,13 @@ def use_threads_of_torch() -> None:
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
 
-def _distances(pixels, centre, q, s, rows):
-    """`|q - s (pixels - centre)|^2` of some rows, `(n,)` float64; q `(D,)` and s float64."""
+def _distances(pixels, q, s, rows):
+    """`|q - s pixels|^2` of some rows, `(n,)` float64; q `(D,)` and s float64."""
     out = np.empty(len(rows))
     for i in prange(len(rows)):
-        row, total = rows[i], 0.0
+        row, total = pixels[rows[i]], 0.0
         for n in range(len(q)):
-            d = q[n] - s * (np.float64(pixels[row, n]) - centre[n])
+            d = q[n] - s * row[n]
             total += d * d
         out[i] = total
     return out
