@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -333,16 +334,27 @@ class Bank:
         """`|q - s v_i|^2` of some rows by differences in float64, `(n,)`, for one image: q `(D,)`, s `()`."""
         q, s = q.double(), s.double()
         if self.compiled and len(rows) * self.D >= WORTH_COMPILING:
-            from . import kernels
-
-            kernels.use_threads_of_torch()
-            self.bytes_read += len(rows) * self.D
-            shifted = (q + s * self.centre.double()).numpy()
-            return torch.from_numpy(kernels.distances(self.pixels.flatten(1).numpy(), shifted, float(s), rows.numpy()))
+            return self._compiled_distances(q, s, rows, np.float64)
         out = torch.empty(len(rows), dtype=torch.float64, device=q.device)
         for part, _, v in self.blocks(rows, torch.float64):
             out[part] = torch.sub(q, v.mul_(s), out=v).square_().sum(1)
         return out
+
+    def rough_distances(self, q: Tensor, s: Tensor, rows: Tensor) -> tuple[Tensor, float]:
+        """As `distances`, in float32 by a compiled loop, and a bound of their errors."""
+        out = self._compiled_distances(q.double(), s.double(), rows, np.float32)
+        eps, longest = float(np.finfo(np.float32).eps), math.sqrt(float(out.max()))
+        reach = float((q + s * self.centre).norm()) + float(s) * 255 * math.sqrt(self.D)
+        return out, eps * longest * ((self.D / 64 + 16) * longest + 4 * reach)
+
+    def _compiled_distances(self, q: Tensor, s: Tensor, rows: Tensor, kind: Any) -> Tensor:
+        from . import kernels
+
+        kernels.use_threads_of_torch()
+        self.bytes_read += len(rows) * self.D
+        shifted = (q + s * self.centre.double()).numpy().astype(kind)
+        measure = kernels.distances_in(kind)
+        return torch.from_numpy(measure(self.pixels.flatten(1).numpy(), shifted, kind(float(s)), rows.numpy()))
 
     def spectrum(self, label: int | None = None) -> Statistics:
         """Mean and covariance of all rows, or of a class; computed once and kept in the bank.

@@ -284,7 +284,7 @@ def _nearest_proxies(
 
 def nearest_rows(bank: Bank, q: Tensor, s: Tensor, rows: Tensor, count: int) -> Tensor:
     """The `count` rows nearest to one image at full resolution, ascending; q `(D,)`, s `()`."""
-    rows = rows.sort().values
+    rows = _sorted(rows)
     if count >= len(rows):
         return rows
 
@@ -292,14 +292,14 @@ def nearest_rows(bank: Bank, q: Tensor, s: Tensor, rows: Tensor, count: int) -> 
         return bank.distances(q, s, rows[i])
 
     if bank.compiled and len(rows) * bank.D >= WORTH_COMPILING:
-        scores, error = bank.distances(q, s, rows), 0.0
+        scores, error = bank.rough_distances(q, s, rows)
     else:
         scores, error = torch.empty(len(rows), dtype=q.dtype, device=q.device), 0.0
         for part, chosen, v in bank.blocks(rows, q.dtype):
             part_scores, tolerance = fast_scores(q[None], s[None], v, bank.norms[chosen].to(q.dtype))
             scores[part], error = part_scores[:, 0], max(error, float(tolerance))
     chosen = smallest(scores, count, error, exact, lambda i: bank.keys[rows[i]])
-    return rows[chosen].sort().values
+    return _sorted(rows[chosen])
 
 
 def fast_scores(q: Tensor, s: Tensor, v: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
@@ -353,6 +353,10 @@ def draw(keys: Tensor, count: int, seed: int, level: int) -> Tensor:
     if values.device.type == "cpu":  # NumPy's selection is several times as fast as torch's
         return torch.from_numpy(np.sort(np.argpartition(values.numpy(), count)[:count]))
     return values.topk(count, largest=False, sorted=False).indices.sort().values
+
+
+def _sorted(rows: Tensor) -> Tensor:
+    return torch.from_numpy(np.sort(rows.numpy())) if rows.device.type == "cpu" else rows.sort().values
 
 
 def _kth(values: Tensor, count: int) -> Tensor:

@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 __all__ = [
     "LANES",
     "count_runs",
-    "distances",
+    "distances_in",
     "dots",
     "fill_runs",
     "masked_softmax_kernel",
@@ -48,16 +48,21 @@ def use_threads_of_torch() -> None:
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
 
-def _distances(pixels, q, s, rows):
-    """`|q - s pixels|^2` of some rows, `(n,)` float64; q `(D,)` and s float64."""
-    out = np.empty(len(rows))
-    for i in prange(len(rows)):
-        row, total = pixels[rows[i]], 0.0
-        for n in range(len(q)):
-            d = q[n] - s * row[n]
-            total += d * d
-        out[i] = total
-    return out
+@cache
+def distances_in(kind):
+    """`kernel(pixels, q, s, rows)` gives `|q - s pixels|^2` of some rows, `(n,)`, in float32 or float64."""
+
+    def kernel(pixels, q, s, rows):
+        out = np.empty(len(rows), kind)
+        for i in prange(len(rows)):
+            row, total = pixels[rows[i]], kind(0)
+            for n in range(len(q)):
+                d = q[n] - s * kind(row[n])
+                total += d * d
+            out[i] = total
+        return out
+
+    return compiled(kernel, parallel=True)
 
 
 def _dots(matrix, q, rows):
@@ -101,7 +106,6 @@ def _fill_runs(columns, tile, start, ends):
                 ends[j] = stop - t * tile
 
 
-distances = compiled(_distances, parallel=True)
 dots = compiled(_dots, parallel=True)
 count_runs = compiled(_count_runs, parallel=True)
 fill_runs = compiled(_fill_runs, parallel=True)
