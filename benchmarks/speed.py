@@ -13,6 +13,9 @@ Workloads: a name that `golddiff.Bank.build` knows, or `crops`: 15,000 crops of 
 - `pca`: PCA-locality over all rows, one image, beside `dense` over all rows in blocks of 2,048, at three levels.
 - `optimal`: the exact scan beside `attention` (scaled_dot_product_attention with the bank as keys and values, and their
   squared norms as its mask) and `blocked` (plain products of blocks of 2,048 float32 rows with a running softmax).
+- `profile`: the share of a step's time that each part of it takes, batch 8.
+- `setup`: seconds to build the bank (known names; in a process of its own, with an empty cache), for mean and covariance,
+  and for the first use of a mask.
 - `memory`: peak of a process that only samples: all resident, and without mapped files.
 
 Works take turns after a warm-up round; medians over the rounds; seconds are per image. `floor` is the time of the bare
@@ -22,12 +25,15 @@ Means are asserted to agree with the baseline's to 1e-3.
 """
 
 import argparse
+import cProfile
 import json
 import os
 import platform
+import pstats
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +44,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import golddiff as gd
 from crops import crops_bank
 from golddiff.files import cache_folder
+from golddiff.locality import MaskRuns, PCAMask
+from golddiff.spectrum import LARGEST_EIGENBASIS, compute_covariance, compute_spectrum
 
 SCHEDULE = gd.DDPM()
 THRESHOLDS = {"output": (0.02, 0.02), "published": (0.02, 0.03)}  # grey, colour
@@ -200,18 +208,63 @@ def memory(name: str, method: str, batch: int, device: str) -> dict[str, float]:
     """Peak GiB of a process that samples one batch."""
     code = f"""
 import golddiff as gd, speed
-from golddiff.runs import peak_memory
 bank = speed.bank_of({name!r}).to({device!r})
 anonymous = 0
 for _ in gd.trajectory(gd.denoiser({method!r}, bank), range({batch})):
     lines = open("/proc/self/status").read().splitlines()
     anonymous = max(anonymous, *(int(line.split()[1]) for line in lines if line.startswith("RssAnon")))
-print(peak_memory() / 2**30, anonymous / 2**20)
+print(int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20, anonymous / 2**20)
 """
     folder = Path(__file__).parent
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
     resident, anonymous = map(float, done.stdout.split()[-2:])
     return {"resident": resident, "without mapped files": anonymous}
+
+
+PARTS = {"draw", "nearest_proxies", "nearest_rows", "select", "masked_softmax", "query", "runs"}
+
+
+def profile(bank: gd.Bank) -> dict[str, float]:
+    """Share of the time of ten steps, batch 8, that is spent in some functions and what they call."""
+    denoiser = gd.denoiser("golddiff", bank)
+    for _ in range(2):  # masks and compiled code first
+        profiler = cProfile.Profile()
+        profiler.enable()
+        for _ in gd.trajectory(denoiser, range(8)):
+            pass
+        profiler.disable()
+    stats = pstats.Stats(profiler)
+    shares = {
+        function: cumulative / stats.total_tt
+        for (file, _, function), (_, _, _, cumulative, _) in stats.stats.items()
+        if function in PARTS and "golddiff" in file
+    }
+    return {name: round(shares[name], 3) for name in sorted(shares, key=shares.get, reverse=True)}
+
+
+def setup(name: str, bank: gd.Bank) -> dict[str, float]:
+    """Seconds that a bank takes before the first step."""
+    out = {}
+    if name != "crops":
+        code = f"import time, golddiff as gd; s = time.time(); gd.Bank.build({name!r}); print(time.time() - s)"
+        with tempfile.TemporaryDirectory() as cache:
+            environment = {**os.environ, "GOLDDIFF_CACHE": cache}
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        out["build"] = float(done.stdout)
+    start = time.perf_counter()
+    large = min(bank.D, len(bank)) > LARGEST_EIGENBASIS
+    (compute_covariance if large else compute_spectrum)(bank._rows_for(None))
+    out["mean and covariance"] = time.perf_counter() - start
+    bank.spectrum()
+    start = time.perf_counter()
+    mask = PCAMask(bank)._stable(SCHEDULE(500), None)
+    out["first use of a mask"] = time.perf_counter() - start
+    MaskRuns.of(mask)
+    start = time.perf_counter()
+    MaskRuns.of(mask)
+    out["its runs"] = time.perf_counter() - start
+    return {what: round(value, 2) for what, value in out.items()}
 
 
 def show(title: str, rows: list[dict]) -> None:
@@ -230,7 +283,7 @@ def show(title: str, rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="+")
-    parser.add_argument("--parts", nargs="+", default=["golddiff", "pca", "optimal", "memory"])
+    parser.add_argument("--parts", nargs="+", default=["golddiff", "pca", "optimal", "profile", "memory"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--rules", nargs="+", default=["output", "published"])
     parser.add_argument("--rounds", type=int, default=3)
@@ -261,10 +314,15 @@ def main() -> None:
         if "pca" in args.parts and bank.D <= 4096:
             for rule in args.rules:
                 note(f"{name} pca, all rows, {rule}, batch 1", pca_rows(bank, rule, args.rounds))
+        for part, work in (("profile", lambda bank=bank: profile(bank)), ("setup", lambda n=name, b=bank: setup(n, b))):
+            if part in args.parts:
+                tables[f"{name} {part}"] = found = work()
+                print(f"| {name} {part} | | {', '.join(f'{k} {v}' for k, v in found.items())} | | | |", flush=True)
         if "memory" in args.parts:
             for method in ("golddiff", "optimal"):
                 tables[f"{name} {method} memory"] = peak = memory(name, method, max(args.batch), args.device)
-                print(f"| {name} {method}, batch {max(args.batch)}: peak memory | | {peak} GiB | | | |", flush=True)
+                said = ", ".join(f"{what} {value:.2f} GiB" for what, value in peak.items())
+                print(f"| {name} {method}, batch {max(args.batch)}: peak memory | | {said} | | | |", flush=True)
     if args.json:
         args.json.write_text(json.dumps(tables, indent=1))
 

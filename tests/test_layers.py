@@ -9,7 +9,8 @@ import golddiff
 
 ORDER = [
     "errors", "files", "images", "noise", "proxy", "spectrum", "prepare", "kernels", "bank", "locality", "golden",
-    "posterior", "denoise", "sample", "pictures", "recipe", "runs", "doctor", "cli",
+    "posterior", "denoise", "oracle", "metrics", "sample", "calibrate", "training", "pictures", "recipe", "runs",
+    "compare", "doctor", "cli",
 ]  # fmt: skip
 FOLDER = Path(golddiff.__file__).parent
 

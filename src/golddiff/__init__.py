@@ -11,10 +11,13 @@ follows it from noise to image is a generative model that was never trained.
 """
 
 from .bank import Bank
+from .calibrate import calibrate
+from .compare import compare
 from .denoise import Denoiser, denoiser
 from .errors import GolddiffError
 from .images import Images, open_source
 from .noise import DDPM, EDM, Cosine, DiffusersSchedule, Flow, Noise, Schedule
+from .oracle import Oracle, oracle
 from .posterior import Posterior
 from .sample import DDIM, Ancestral, DPMSolver, Heun, Sampler, Step, sample, trajectory
 
@@ -35,12 +38,16 @@ __all__ = [
     "Heun",
     "Images",
     "Noise",
+    "Oracle",
     "Posterior",
     "Sampler",
     "Schedule",
     "Step",
+    "calibrate",
+    "compare",
     "denoiser",
     "open_source",
+    "oracle",
     "sample",
     "trajectory",
 ]

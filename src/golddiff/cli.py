@@ -14,15 +14,29 @@ from click.shell_completion import get_completion_class
 
 from . import __version__
 from .bank import Bank
+from .calibrate import calibrate
+from .compare import compare
 from .denoise import METHODS
 from .doctor import checks
 from .errors import GolddiffError, unknown
+from .images import open_source
 from .noise import SCHEDULES
+from .oracle import PREDICTIONS, oracle
 from .pictures import grid, save_png, to_uint8
-from .recipe import DEFAULTS, Recipe, check_fingerprint, open_bank, parse_options, parse_seeds, read_settings
+from .recipe import (
+    DEFAULTS,
+    Recipe,
+    check_fingerprint,
+    comparison,
+    open_bank,
+    parse_options,
+    parse_seeds,
+    read_settings,
+)
 from .runs import run
 from .sample import SAMPLERS
 from .spectrum import LARGEST_EIGENBASIS, Spectrum
+from .training import Training, train_oracle
 
 __all__ = ["app", "main"]
 
@@ -235,6 +249,138 @@ def _default_out(named: Any, held: Bank, method: str, chosen: dict[str, Any]) ->
     unusual = {key: chosen[key] for key in keys if chosen.get(key) and chosen[key] != usual.get(key)}
     digest = hashlib.blake2b(json.dumps(unusual, sort_keys=True, default=str).encode(), digest_size=3).hexdigest()
     return Path("runs") / (f"{Path(name).resolve().stem}-{method}" + (f"-{digest}" if unusual else ""))
+
+
+@app.command("compare", short_help="Methods beside each other and a network.")
+@click.argument("source", metavar="[BANK]", required=False)
+@click.option("--methods", help="Names, as optimal,pca,golddiff:retrieval=paper,els@8 (@8: the first 8 seeds only).")
+@click.option("--oracle", type=click.Path(path_type=Path), help="Folder of a trained network (diffusers UNet2DModel).")
+@click.option("--oracle-schedule", type=_Name("schedule", ("ddpm",)), help="The network's, if its folder has none.")
+@click.option("--prediction", type=_Name("prediction", PREDICTIONS), help="What the network says.")
+@click.option("--seeds", help="Of the initial noise, the same for all.  [default: 0-15]")
+@click.option("--steps", type=int, help="DDIM steps.  [default: 10]")
+@click.option("--schedule", type=_Name("schedule", SCHEDULES), help="Noise levels.  [default: ddpm]")
+@click.option("--held-out", type=int, default=64, show_default=True, help="Test images to denoise, if BANK has some.")
+@click.option("--features", default="pca", show_default=True, help="For FID: pixels, pca, or a TorchScript file.")
+@click.option("--batch", type=int, default=8, show_default=True, help="Images that go together.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the tables.  [default: runs/BANK-compare]")
+@click.option("--recipe", help="paper/mnist, paper/cifar10, ..., or a YAML file with bank, methods, seeds, steps.")
+@_source_options
+def compare_command(source: str | None, **given: Any) -> None:
+    """Compare methods on BANK from the same initial noise: with a network, on held-out images, as sets of images.
+
+    Writes table.md, results.json, grid.png and steps.png. The same command on the same folder goes on where it was
+    stopped, and more methods can be added to it.
+    """
+    said = comparison(given["recipe"]) if given["recipe"] else {}
+    source = source or said.get("bank")
+    if source is None:
+        raise GolddiffError("which BANK? Give a path or a known name, as in: golddiff compare mnist5k")
+    chosen = {key: given[key] if given[key] is not None else said.get(key) for key in ("methods", "seeds", "steps")}
+    methods = chosen["methods"] or "optimal,wiener,pca,golddiff"
+    listed = methods.split(",") if isinstance(methods, str) else methods
+    device = _device(given["device"])
+    building = {key: given[key] for key in BUILDING}
+    held = open_bank(source, **building)
+    test = _held_out(source, held, given["held_out"], building)
+    network = None
+    if given["oracle"]:
+        network = oracle(
+            given["oracle"], held.to(device), prediction=given["prediction"], schedule=given["oracle_schedule"]
+        )
+    out = given["out"] or Path("runs") / f"{Path(given['recipe'] or source).stem}-compare"
+    compare(
+        held.to(device),
+        listed,
+        out,
+        oracle=network,
+        oracle_name=str(given["oracle"] or ""),
+        seeds=parse_seeds("0-15" if chosen["seeds"] is None else chosen["seeds"]),
+        steps=10 if chosen["steps"] is None else chosen["steps"],
+        schedule=given["schedule"] or said.get("schedule", "ddpm"),
+        held_out=test,
+        features=given["features"],
+        batch=given["batch"],
+    )
+    click.echo((out / "table.md").read_text(), nl=False)
+    click.echo(f"\nin {out}: look at {out / 'grid.png'}")
+
+
+def _held_out(source: str, held: Bank, count: int, building: dict[str, Any]) -> torch.Tensor | None:
+    """The first images of the test part of a source, in [-1, 1]; None where there is none."""
+    if count < 1 or building["split"] != "train" or (Path(source) / "bank.json").is_file():
+        return None
+    try:
+        options = {key: building[key] for key in ("size", "layout", "skip_broken")}
+        images = open_source(source, split="test", limit=count, **options)
+    except GolddiffError:
+        return None
+    if images.shape != held.shape or images.dtype != held.pixels.numpy().dtype:
+        return None
+    pixels = torch.from_numpy(images.read(0, len(images)))
+    return (pixels.double() * held.scale + held.offset).float()
+
+
+@app.command("calibrate", short_help="Windows of LS and its relatives, by a network.")
+@click.argument("source", metavar="BANK")
+@click.option("--oracle", type=click.Path(path_type=Path), required=True, help="Folder of a trained network.")
+@click.option("--oracle-schedule", type=_Name("schedule", ("ddpm",)), help="The network's, if its folder has none.")
+@click.option("--prediction", type=_Name("prediction", PREDICTIONS), help="What the network says.")
+@click.option("--method", type=_Name("method", ("ls", "els", "bbels", "pspc")), default="ls", show_default=True)
+@click.option("--sides", help="Windows to try, as 3,7,15.")
+@click.option("--seeds", default="0-7", show_default=True, help="Trajectories of the network.")
+@click.option("--steps", type=int, default=10, show_default=True)
+@click.option("--schedule", type=_Name("schedule", SCHEDULES), default="ddpm", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write, .json; give it as window=.")
+@_source_options
+def calibrate_command(source: str, **given: Any) -> None:
+    """Choose a window at each noise level by the cosine similarity of predicted noise with a network's."""
+    held = open_bank(source, **{key: given[key] for key in BUILDING})
+    network = oracle(given["oracle"], held, prediction=given["prediction"], schedule=given["oracle_schedule"])
+    sides = parse_seeds(given["sides"]) if given["sides"] else None
+    found = calibrate(
+        held,
+        network,
+        given["out"],
+        method=given["method"],
+        sides=sides,
+        seeds=parse_seeds(given["seeds"]),
+        steps=given["steps"],
+        schedule=given["schedule"],
+    )
+    for time, (rho, side) in zip(found["times"], found["windows"], strict=True):
+        click.echo(f"time {time:<8g} sigma/alpha {rho:<10.4g} window {side}")
+    click.echo(f"in {given['out']}: give it as window={given['out']}")
+
+
+@app.group("oracle")
+def oracle_group() -> None:
+    """Trained networks to compare with."""
+
+
+@oracle_group.command("train", short_help="Train a small network on a bank.")
+@click.argument("source", metavar="BANK")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the network.")
+@click.option("--images", type=int, default=200_000, show_default=True, help="Seen in all.")
+@click.option("--batch", type=int, default=64, show_default=True, help="Of a step.")
+@click.option("--width", type=int, default=32, show_default=True, help="Channels of the first level.")
+@click.option("--learning-rate", type=float, default=4e-4, show_default=True)
+@click.option("--mirror", is_flag=True, help="Mirror half of the images.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@_source_options
+def oracle_train(source: str, out: Path, device: str, mirror: bool, **given: Any) -> None:
+    """Train an attention-free U-Net on BANK, as a yardstick.
+
+    It predicts the noise of DDPM-linear levels; what is kept is the moving average of its weights.
+
+    The same command goes on where it was stopped, and ends at the same weights.
+    """
+    held = open_bank(source, **{key: given[key] for key in BUILDING}).to(_device(device))
+    keys = ("images", "batch", "width", "learning_rate", "seed")
+    train_oracle(held, out, Training(flip=mirror, **{key: given[key] for key in keys}))
+    click.echo(f"an oracle in {out}: give it as --oracle {out}")
 
 
 @app.command()

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import abc
 import hashlib
+import json
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .bank import Bank
 from .errors import GolddiffError, unknown
-from .noise import Noise
+from .noise import EDM, Noise
 
-__all__ = ["MASK_RULES", "GivenMask", "Locality", "MaskRuns", "Masked", "PCAMask", "WholeImage"]
+__all__ = ["MASK_RULES", "GivenMask", "Locality", "MaskRuns", "Masked", "PCAMask", "WholeImage", "Window", "Windows"]
 
 MASK_RULES = ("output", "correlation", "published")
 BYTES_IN_MEMORY = 2**28
 TILE = 1024  # pixels of one prefix sum, see kernels.py
+Sums = Callable[..., Tensor]
+PUBLISHED_WINDOWS = list(zip(EDM().times(18), [32] * 7 + [23, 15, 11, 7, 5] + [3] * 6, strict=True))
+"""PSPC's crops of 32 x 32 pictures at the 18 levels of EDM."""
 
 
 class _Recent:
@@ -99,6 +106,15 @@ class Masked(Locality):
     def mask(self, noise: Noise, label: int | None = None) -> Tensor:
         """`M[n, m]` at one noise level, `(D, D)` bool (or float weights); the sum runs over n."""
 
+    def sums(self, noise: Noise, label: int | None, like: Tensor) -> Sums:
+        """A function from squares `(n, D)` to their masked sums `(n, D)`, or `(n, pixels)` of some pixels.
+
+        Arguments:
+            like: has the type and device of the squares.
+        """
+        mask = self.mask(noise, label).to(like.device).to(like.dtype)
+        return lambda squares, pixels=None: squares @ (mask if pixels is None else mask[:, pixels])
+
     def runs(self, noise: Noise, label: int | None = None) -> MaskRuns | None:
         """The mask as runs, kept for recent noise levels; None for weights. Needs numba."""
 
@@ -114,6 +130,95 @@ class Masked(Locality):
     def _statistics_of(self, label: int | None) -> int | None:
         """The class whose statistics make the mask, if any."""
         return None
+
+
+class Windows:
+    """The side of a square window at each noise level: that of the nearest level of a table (by angle).
+
+    Arguments:
+        sides: None for the table of PSPC, scaled to the image; one side for all levels; a table of pairs
+            `[sigma / alpha, side]`; or the file of a calibration (JSON with such a table as `windows`).
+        shape: `(C, H, W)` of the images.
+
+    Raises:
+        GolddiffError: a table that is none, or a side that is no whole number of at least 1.
+    """
+
+    def __init__(self, sides: Any, shape: tuple[int, int, int]) -> None:
+        if sides is None:
+            largest = max(shape[1:])
+            scaled = [[rho, _odd(side * largest / 32)] for rho, side in PUBLISHED_WINDOWS if side < 32]
+            sides = [[rho, 2 * largest - 1] for rho, side in PUBLISHED_WINDOWS if side >= 32] + scaled
+        elif isinstance(sides, str | Path):
+            sides = _read_windows(Path(sides))
+        elif type(sides) is int:
+            sides = [[1.0, sides]]
+        wrong = GolddiffError(f"window is {sides!r}: give an odd side, a table of [sigma / alpha, side], or a file")
+        if not isinstance(sides, list | tuple) or not sides:
+            raise wrong
+        for pair in sides:
+            if not isinstance(pair, list | tuple) or len(pair) != 2:
+                raise wrong
+            rho, side = pair
+            number = isinstance(rho, int | float) and not isinstance(rho, bool) and rho >= 0
+            if not number or type(side) is not int or side < 1 or side % 2 == 0:
+                raise wrong
+        self.table: list[list[float]] = sorted([float(rho), side] for rho, side in sides)
+        self._angles = [math.atan(rho) for rho, _ in self.table]
+
+    def __call__(self, noise: Noise) -> int:
+        """The side at one noise level."""
+        angle = math.atan2(float(noise.sigma), float(noise.alpha))
+        nearest = min(range(len(self.table)), key=lambda i: abs(self._angles[i] - angle))
+        return int(self.table[nearest][1])
+
+
+def _odd(side: float) -> int:
+    return max(3, 2 * round((side - 1) / 2) + 1)
+
+
+def _read_windows(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())["windows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GolddiffError(f"{path} is no calibration ({error}): make one with golddiff calibrate") from error
+
+
+class Window(Masked):
+    """A square window around each pixel, over all channels: LS of Kamb and Ganguli.
+
+    From "An Analytic Theory of Creativity in Convolutional Diffusion Models". Pixels outside the image do not count.
+
+    Arguments:
+        shape: `(C, H, W)` of the images.
+        windows: the side at each noise level.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], windows: Windows) -> None:
+        super().__init__()
+        self.shape, self.windows = shape, windows
+
+    def mask(self, noise: Noise, label: int | None = None) -> Tensor:
+        channels, height, width = self.shape
+        half = self.windows(noise) // 2
+        near = [(torch.arange(n)[:, None] - torch.arange(n)).abs() <= half for n in (height, width)]
+        plane = (near[0][:, None, :, None] & near[1][None, :, None, :]).reshape(height * width, -1)
+        return plane.repeat(channels, channels)
+
+    def sums(self, noise: Noise, label: int | None, like: Tensor) -> Sums:
+        channels, height, width = self.shape
+        side = min(self.windows(noise), 2 * max(height, width) - 1)
+
+        def box(squares: Tensor, pixels: Tensor | None = None) -> Tensor:
+            plane = squares.unflatten(1, self.shape).sum(1, keepdim=True)
+            # the kernel is cut where it reaches beyond any image
+            rows, columns = min(side, 2 * height - 1), min(side, 2 * width - 1)
+            padded = functional.pad(plane, (columns // 2, columns // 2, rows // 2, rows // 2))
+            sums = functional.avg_pool2d(padded, (rows, columns), stride=1, divisor_override=1)
+            flat = sums.expand(-1, channels, -1, -1).flatten(1)
+            return flat if pixels is None else flat[:, pixels]
+
+        return box
 
 
 class GivenMask(Masked):

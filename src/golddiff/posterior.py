@@ -145,14 +145,17 @@ class RunningSoftmax:
     def __init__(self) -> None:
         self._peak: Tensor | None = None
 
-    def add(self, logits: Tensor, values: Tensor) -> None:
-        """Adds rows: logits `(n,)` or `(n, D)` (overwritten), values `(n, D)`."""
+    def add(self, logits: Tensor, values: Tensor, shared: bool = False) -> None:
+        """Adds rows: logits `(n,)` or `(n, D)` (overwritten), values `(n, D)`.
+
+        With `shared`, all columns of logits `(n, P)` weigh the same values `(n, C)`, and the mean is `(C, P)`.
+        """
         peak = logits.amax(0)
         if self._peak is not None:
             peak = torch.maximum(peak, self._peak)
         e = logits.sub_(peak).exp_()
         total, squares = e.sum(0).double(), torch.linalg.vector_norm(e, dim=0).double() ** 2
-        mean = (e @ values if e.ndim == 1 else (e * values).sum(0)).double()
+        mean = (values.T @ e if shared else e @ values if e.ndim == 1 else (e * values).sum(0)).double()
         if self._peak is None:
             self._total, self._squares, self._mean = total, squares, mean
         else:
@@ -161,6 +164,11 @@ class RunningSoftmax:
             self._squares = self._squares * shrink**2 + squares
             self._mean = self._mean * shrink + mean
         self._peak = peak
+
+    def shift(self, constant: Tensor) -> None:
+        """Adds a constant to all logits, or one to each column."""
+        assert self._peak is not None  # noqa: S101 - there is at least one row
+        self._peak = self._peak.double() + constant
 
     @property
     def log_total(self) -> Tensor:

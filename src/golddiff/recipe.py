@@ -18,9 +18,10 @@ from .images import NO_LABEL
 from .noise import SCHEDULES
 from .sample import SAMPLERS, sampler_named
 
-__all__ = ["DEFAULTS", "Recipe", "parse_options", "parse_seeds", "read_settings"]
+__all__ = ["DEFAULTS", "Recipe", "comparison", "parse_options", "parse_seeds", "read_settings"]
 
 FORMAT = 1
+RECIPES = Path(__file__).parent / "recipes"
 
 DEFAULTS: dict[str, Any] = {
     "method": "golddiff",
@@ -129,6 +130,33 @@ def read_settings(path: Path) -> dict[str, Any]:
     if settings.get("format", FORMAT) != FORMAT:
         raise GolddiffError(f"recipe {path} is of format {settings['format']!r}, this is {FORMAT}: write it again")
     return settings
+
+
+def comparison(name: str) -> dict[str, Any]:
+    """The recipe of a comparison: one that comes with golddiff, such as `paper/cifar10`, or a YAML file.
+
+    Its keys are `bank`, `methods`, `seeds`, `steps`, `schedule` and `source`.
+
+    Raises:
+        GolddiffError: no such recipe, or one that says something else.
+    """
+    known = sorted(f"paper/{path.stem}" for path in (RECIPES / "paper").glob("*.yaml"))
+    path = RECIPES / f"{name}.yaml" if name in known else Path(name)
+    if not path.is_file():
+        raise unknown("recipe", name, known)
+    try:
+        said = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
+        raise GolddiffError(f"recipe {path} cannot be read ({' '.join(str(error).split())[:120]})") from error
+    keys = ("bank", "methods", "seeds", "steps", "schedule", "source")
+    if not isinstance(said, dict):
+        raise GolddiffError(f"recipe {path} holds no settings: write lines such as 'bank: mnist'")
+    for key in said:
+        if key not in keys:
+            raise unknown(f"key in recipe {path}", key, keys)
+    if not isinstance(said.get("methods", []), list) or not all(isinstance(m, str) for m in said.get("methods", [])):
+        raise GolddiffError(f"methods in recipe {path}: write a list of names, such as golddiff:retrieval=paper")
+    return said
 
 
 def open_bank(stated: Any, **building: Any) -> Bank:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from .pictures import grid, save_png, to_uint8
 from .recipe import Recipe
 from .sample import Step, sampler_named, trajectory
 
-__all__ = ["peak_memory", "run"]
+__all__ = ["memory_since", "peak_memory", "run"]
 
 RECIPE, METRICS = "recipe.json", "metrics.json"
 SHOWN = 8  # trajectories and neighbours are shown for so many images
@@ -285,6 +287,21 @@ class _Meter:
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
+
+
+def memory_since() -> Callable[[], float]:
+    """A function that says the largest resident memory since this call, in bytes; NaN where the system cannot say."""
+    status = Path("/proc/self/status")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return lambda: math.nan
+
+    def measure() -> float:
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return float(line.split()[1]) * 1024
+
+    return measure
 
 
 def peak_memory() -> int:

@@ -7,10 +7,13 @@ from typing import Any
 from ..bank import Bank
 from ..errors import GolddiffError, unknown
 from ..golden import Budget, Everything, GoldenSubset, Subset
-from ..locality import GivenMask, Masked, PCAMask
+from ..locality import GivenMask, Masked, PCAMask, Window, Windows
 from .base import Denoiser, per_image
+from .crops import CropDenoiser
+from .draws import NeighbourProposals, Smoothed
 from .local import MaskedDenoiser
-from .whole import Optimal
+from .patches import PatchDenoiser
+from .whole import Nearest, Optimal
 from .wiener import Wiener
 
 __all__ = ["METHODS", "Denoiser", "MaskedDenoiser", "Optimal", "Wiener", "denoiser", "per_image"]
@@ -22,14 +25,21 @@ METHODS: dict[str, dict[str, Any]] = {
     "optimal": {**RETRIEVAL},
     "wiener": {"statistics": "bank"},
     "pca": {**RETRIEVAL, **PCA},
-    "golddiff": {**RETRIEVAL, **PCA, "retrieval": "reference", "locality": "pca"},
+    "golddiff": {**RETRIEVAL, **PCA, "retrieval": "reference", "locality": "pca", "window": None},
+    "ls": {**RETRIEVAL, "window": None},
+    "els": {"window": None},
+    "bbels": {"window": None},
+    "pspc": {"window": None},
+    "cfdm": {"kappa": 0.1, "draws": 10, "antithetic": False},
+    "nearest": {},
+    "knn": {"neighbours": 2048, "draws": 256},
 }
 """Every method with its options and their defaults."""
 
 CHOICES = {
     "retrieval": ("full", "reference", "paper"),
     "statistics": ("bank", "class"),
-    "locality": ("pca", "optimal"),
+    "locality": ("pca", "optimal", "ls"),
 }
 
 
@@ -37,8 +47,9 @@ def denoiser(name: str, bank: Bank, **options: Any) -> Denoiser:
     """A denoiser by name.
 
     Arguments:
-        name: `optimal` (posterior mean over whole images), `wiener` (linear), `pca` (PCA-locality) or
-            `golddiff` (PCA-locality over a golden subset).
+        name: `optimal` (posterior mean over whole images), `wiener` (linear), `pca` (PCA-locality), `golddiff`
+            (PCA-locality over a golden subset), `ls`, `els` and `bbels` (Kamb's machines), `pspc` (overlapping crops),
+            `cfdm` (the optimal denoiser, smoothed), `nearest`, `knn` (nearest neighbours with random proposals).
         bank: the training images.
         retrieval: `full` (all rows; the default of optimal and pca), `reference` (a random pool, then the
             nearest; the default of golddiff) or `paper` (the nearest of all).
@@ -48,7 +59,9 @@ def denoiser(name: str, bank: Bank, **options: Any) -> Denoiser:
         mask: a `(D, D)` boolean M[n, m] to use instead, or a callable of `Noise` that returns one.
         legacy_batch: average the means of batches of so many rows, as published code does; biased.
         statistics: masks and Wiener from the whole `bank`, or from the rows of the `class`.
-        locality: of golddiff, `pca` or `optimal`.
+        locality: of golddiff, `pca`, `optimal` or `ls`.
+        window: of ls, els, bbels and pspc, see `Windows`.
+        kappa, draws, antithetic: of cfdm, see `Smoothed`. neighbours, draws: of knn, see `NeighbourProposals`.
 
     Raises:
         GolddiffError: an unknown name or option, or a value that is out of range.
@@ -67,9 +80,25 @@ def denoiser(name: str, bank: Bank, **options: Any) -> Denoiser:
             raise unknown(key, chosen[key], choices)
     if name == "wiener":
         return Wiener(bank, chosen["statistics"], chosen)
+    if name == "nearest":
+        return Nearest(bank, chosen)
+    if name == "cfdm":
+        return Smoothed(bank, chosen["kappa"], chosen["draws"], chosen["antithetic"], chosen)
+    if name == "knn":
+        return NeighbourProposals(bank, chosen["neighbours"], chosen["draws"], chosen)
+    windows = None
+    if "window" in chosen and chosen.get("locality", "ls") == "ls":
+        windows = Windows(chosen["window"], bank.shape)
+        chosen["window"] = windows.table
+        if name == "pspc":
+            return CropDenoiser(bank, windows, chosen)
+        if name in ("els", "bbels"):
+            return PatchDenoiser(bank, windows, name == "bbels", chosen)
     subset = _subset(bank, chosen)
     if name == "optimal" or chosen.get("locality") == "optimal":
         return Optimal(bank, subset, chosen)
+    if windows is not None:
+        return MaskedDenoiser(bank, Window(bank.shape, windows), subset, chosen.get("legacy_batch"), chosen)
     mask: Masked
     if chosen["mask"] is None:
         mask = PCAMask(bank, chosen["threshold"], chosen["mask_rule"], chosen["statistics"])

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..bank import Bank
 from ..errors import GolddiffError
 from ..golden import Everything, Subset, Support
-from ..locality import Masked, MaskRuns
+from ..locality import Masked, MaskRuns, Sums
 from ..noise import Noise
 from ..posterior import Posterior, RunningSoftmax, softmax_of_rows
 from .base import Denoiser
@@ -67,14 +67,12 @@ class MaskedDenoiser(Denoiser):
         if runs is not None:
             mean, log_total, ess = self._compiled(x_t, noise, runs, support)
         else:
-            mask = self.locality.mask(noise[0], label).to(x_t.device).to(x_t.dtype)
-            mean, log_total, ess = self._blocked(q, s, mask, support)
+            mean, log_total, ess = self._blocked(q, s, self.locality.sums(noise[0], label, x_t), support)
 
         def weigh(b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
-            rows, columns = support.rows_of(b), self.locality.mask(noise[0], label).to(x_t.device).to(x_t.dtype)
-            columns = columns if pixels is None else columns[:, pixels]
+            rows, sums = support.rows_of(b), self.locality.sums(noise[0], label, x_t)
             logits = [
-                masked_logits(q[b], s[b], self.bank.centred(part, x_t.dtype), columns)
+                masked_logits(q[b], s[b], self.bank.centred(part, x_t.dtype), sums, pixels)
                 for part in rows.split(self.legacy_batch or BLOCK)
             ]
             if self.legacy_batch:
@@ -91,15 +89,15 @@ class MaskedDenoiser(Denoiser):
             _weigh=weigh,
         )
 
-    def _blocked(self, q: Tensor, s: Tensor, mask: Tensor, support: Support) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean of the centred rows, log of the total, and ess, `(B, D)` each, by products with the mask."""
+    def _blocked(self, q: Tensor, s: Tensor, masked: Sums, support: Support) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean of the centred rows, log of the total, and ess, `(B, D)` each, by masked sums of blocks."""
         sums: list[list[RunningSoftmax]] = [[] for _ in q]
         for images, rows in support.blocks(self.legacy_batch or BLOCK):
             v = self.bank.centred(rows, q.dtype)
             for b in images:
                 if self.legacy_batch or not sums[b]:
                     sums[b].append(RunningSoftmax())
-                sums[b][-1].add(masked_logits(q[b], s[b], v, mask), v)
+                sums[b][-1].add(masked_logits(q[b], s[b], v, masked), v)
         mean = torch.stack([torch.stack([part.mean for part in parts]).mean(0) for parts in sums])
         log_total = torch.stack([torch.stack([part.log_total for part in parts]).logsumexp(0) for parts in sums])
         ess = torch.stack([len(parts) ** 2 / torch.stack([1 / part.ess for part in parts]).sum(0) for parts in sums])
@@ -113,6 +111,6 @@ class MaskedDenoiser(Denoiser):
         return mean, log_total, ess
 
 
-def masked_logits(q: Tensor, s: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """`-(q - s v)^2 M / 2` of one image: q `(D,)`, s `()`, rows v `(n, D)`, mask `(D, P)` -> `(n, P)`."""
-    return (torch.sub(q, v * s).square_() @ mask).mul_(-0.5)
+def masked_logits(q: Tensor, s: Tensor, v: Tensor, masked: Sums, pixels: Tensor | None = None) -> Tensor:
+    """Minus half the masked sums of `(q - s v)^2` of one image: q `(D,)`, s `()`, rows v `(n, D)` -> `(n, pixels)`."""
+    return masked(torch.sub(q, v * s).square_(), pixels).mul(-0.5)

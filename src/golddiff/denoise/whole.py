@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ..bank import Bank
-from ..golden import Everything, Subset
+from ..golden import Everything, Subset, Support, nearest_rows
 from ..locality import WholeImage
 from ..noise import Noise
 from ..posterior import Posterior, softmax_of_rows
 from .base import Denoiser
 from .scan import SLACK, scan_of
 
-__all__ = ["Optimal"]
+__all__ = ["Nearest", "Optimal"]
 
 LOGITS_AT_ONCE = 2**26  # of images that are scanned together
 MEASURED_AGAIN = 512  # up to so many rows of weight are measured again by differences
@@ -122,3 +122,30 @@ class Optimal(Denoiser):
             chosen = where[which == b]
             mean[b], log_total[b], ess[b] = self._measured(q[b], s[b], chosen if eligible is None else eligible[chosen])
         return mean, log_total, ess
+
+
+class Nearest(Denoiser):
+    """The row nearest to `x_t / alpha`, whatever the noise: `argmin |x_t - alpha x_i|`. It has weight 1."""
+
+    properties = frozenset({"convex", "permutation_invariant", "nearest_at_low_noise"})
+
+    def __init__(self, bank: Bank, options: dict[str, Any] | None = None) -> None:
+        self.bank, self.options = bank, options or {}
+
+    def _posterior(
+        self, x_t: Tensor, noise: Noise, label: int | None, eligible: Tensor | None, seed: Tensor
+    ) -> Posterior:
+        rows = torch.arange(len(self.bank), device=x_t.device) if eligible is None else eligible
+        q, s = self.bank.query(x_t, noise)
+        chosen = torch.stack([nearest_rows(self.bank, q[b], s[b], rows, 1) for b in range(len(q))])
+        best = torch.cat([self.bank.distances(q[b], s[b], chosen[b]) for b in range(len(q))]) / -2
+        count = torch.full((len(x_t),), len(rows), device=x_t.device)
+        return Posterior(
+            mean=self.bank.images(chosen[:, 0], x_t.dtype),
+            log_evidence=best - math.log(len(rows)),
+            ess=torch.ones(len(x_t), dtype=torch.float64, device=x_t.device),
+            support=Support(chosen[:, None], None, None, count, shared=False),
+            x_t=x_t,
+            noise=noise,
+            _weigh=lambda b, pixels: (chosen[b], torch.ones(1, dtype=torch.float64, device=x_t.device)),
+        )

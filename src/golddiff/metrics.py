@@ -1,0 +1,189 @@
+"""Numbers that compare images: with a network's, with the bank's, as sets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .bank import Bank
+from .errors import GolddiffError
+from .golden import nearest_rows
+from .noise import Noise
+
+__all__ = ["Agreement", "Copies", "agreement", "copies", "distribution", "extractor", "mean_and_error"]
+
+COPY = 1 / 3  # d1 / d2 under which an image counts as a copy
+COMPONENTS = 64
+NEIGHBOURS = 5
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near images are to those of a network, one number for each image `(n,)` float64.
+
+    Arguments:
+        mse: mean square difference of a pixel. r2: `1 - sum (x - u)^2 / (D var_unbiased(u))`, u the network's image.
+        cosine: of the two images less their own means.
+    """
+
+    mse: Tensor
+    r2: Tensor
+    cosine: Tensor
+
+
+def agreement(images: Tensor, network: Tensor) -> Agreement:
+    """As the paper defines it: images `(n, C, H, W)` in [-1, 1] are mapped to [0, 1] and clamped first."""
+    if images.shape != network.shape:
+        raise GolddiffError(f"images {tuple(images.shape)} beside {tuple(network.shape)}: give the same shape")
+    x, u = (((i.double() + 1) / 2).clamp(0, 1).flatten(1) for i in (images, network))
+    squares = (x - u).square()
+    variance = u.var(1)  # a network that says one flat image has no variance to explain
+    r2 = torch.where(variance > 0, 1 - squares.sum(1) / (u.shape[1] * variance), torch.nan)
+    centred = [i - i.mean(1, keepdim=True) for i in (x, u)]
+    return Agreement(squares.mean(1), r2, torch.cosine_similarity(centred[0], centred[1]))
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean of `(n,)` and its standard error; NaN where one image only."""
+    values = values[values.isfinite()].double()
+    if len(values) == 0:
+        return math.nan, math.nan
+    return float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+@dataclass(frozen=True)
+class Copies:
+    """The nearest rows of each image.
+
+    Arguments:
+        row: `(n,)`. d1, d2: root mean square difference of a pixel (range 0 to 2) to the nearest and second nearest.
+        share: of images with `d1 / d2` under 1/3.
+    """
+
+    row: Tensor
+    d1: Tensor
+    d2: Tensor
+
+    @property
+    def share(self) -> float:
+        return float((self.d1 < COPY * self.d2).double().mean())
+
+
+def copies(images: Tensor, bank: Bank) -> Copies:
+    """The two nearest rows of each image `(n, C, H, W)`."""
+    if len(bank) < 2:
+        raise GolddiffError("a bank of one image has no second nearest: give a larger bank")
+    everything, found = torch.arange(len(bank), device=bank.device), []
+    for image in images.to(bank.device):
+        q, s = bank.query(image[None], Noise(1.0, 1.0))
+        rows = nearest_rows(bank, q[0], s[0], everything, 2)
+        distances = (bank.distances(q[0], s[0], rows) / bank.D).sqrt()
+        order = distances.argsort()
+        found.append((rows[order[0]], distances[order[0]], distances[order[1]]))
+    row, d1, d2 = (torch.stack(list(part)).cpu() for part in zip(*found, strict=True))
+    return Copies(row, d1, d2)
+
+
+Extractor = Callable[[Tensor], Tensor]
+
+
+def extractor(name: str, bank: Bank) -> Extractor:
+    """Features `(n, F)` float64 of images `(n, C, H, W)` in [-1, 1].
+
+    Arguments:
+        name: `pixels`, `pca` (the bank's 64 strongest components), or a TorchScript file.
+    """
+    if name == "pixels":
+        return lambda images: images.double().flatten(1)
+    if name == "pca":
+        statistics = bank.spectrum()
+        vectors = getattr(statistics, "eigenvectors", None)
+        if vectors is None:
+            raise GolddiffError("images of this size have no eigenbasis: use pixels, or a TorchScript file")
+        basis, mean = vectors[:, -COMPONENTS:], statistics.mean
+        return lambda images: (images.double().flatten(1) - mean) @ basis
+    if not Path(name).is_file():
+        raise GolddiffError(f"features '{name}': give pixels, pca, or a TorchScript file that is there")
+    try:
+        network = torch.jit.load(name, map_location="cpu").eval()
+    except Exception as error:  # files of others fail in any way
+        raise GolddiffError(f"{name} is no TorchScript file ({str(error).splitlines()[0][:120]})") from error
+
+    def features(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            parts = [network(part.float()).flatten(1).double() for part in images.split(256)]
+        out = torch.cat(parts)
+        if not bool(out.isfinite().all()):
+            raise GolddiffError(f"{name} returns NaN or infinite features: mend it, or use pixels or pca")
+        return out
+
+    return features
+
+
+def distribution(features: Tensor, reference: Tensor, blocks: int = 4) -> dict[str, tuple[float, float]]:
+    """FID, KID, precision, recall, density and coverage of `(n, F)` beside `(m, F)`, each with the standard error over
+    blocks of images.
+
+    FID: "GANs Trained by a Two Time-Scale Update Rule"; KID (cubic kernel, unbiased): "Demystifying MMD GANs";
+    precision, recall, density, coverage (5 neighbours): "Reliable Fidelity and Diversity Metrics for Generative
+    Models".
+    """
+    if features.shape[1] != reference.shape[1]:
+        raise GolddiffError(f"{features.shape[1]} features beside {reference.shape[1]}: use one extractor for both")
+    least = NEIGHBOURS + 1
+    if len(features) < least or len(reference) < least:
+        raise GolddiffError(f"{len(features)} and {len(reference)} images: sets need at least {least}")
+
+    def all_of(part: Tensor) -> dict[str, float]:
+        return {"fid": _fid(part, reference), "kid": _kid(part, reference), **_prdc(part, reference)}
+
+    whole = all_of(features)
+    blocks = max(1, min(blocks, len(features) // least))
+    parts = [all_of(part) for part in features.chunk(blocks)] if blocks > 1 else []
+    return {
+        name: (value, mean_and_error(torch.tensor([p[name] for p in parts]))[1] if parts else math.nan)
+        for name, value in whole.items()
+    }
+
+
+def _fid(a: Tensor, b: Tensor) -> float:
+    """Distance of Gaussians; the trace of `(A B)^(1/2)` from the singular values of `A^(1/2) B^(1/2)`."""
+    means = [x.mean(0) for x in (a, b)]
+    roots = [(x - mean) / math.sqrt(len(x) - 1) for x, mean in zip((a, b), means, strict=True)]
+    small = [r if len(r) <= r.shape[1] else _root(r.T @ r) for r in roots]  # both have A = root^T root
+    product = small[0] @ small[1].T
+    wide = product if len(product) <= product.shape[1] else product.T
+    overlap = float(torch.linalg.eigvalsh(wide @ wide.T).clamp(min=0).sqrt().sum())
+    traces = sum(float(r.square().sum()) for r in roots)
+    return float((means[0] - means[1]).square().sum()) + traces - 2 * overlap
+
+
+def _root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    return values.clamp(min=0).sqrt()[:, None] * vectors.T
+
+
+def _kid(a: Tensor, b: Tensor) -> float:
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    n, m = len(a), len(b)
+    within = [(kernel(x, x).sum() - kernel(x, x).diagonal().sum()) / (len(x) * (len(x) - 1)) for x in (a, b)]
+    return float(within[0] + within[1] - 2 * kernel(a, b).sum() / (n * m))
+
+
+def _prdc(a: Tensor, b: Tensor) -> dict[str, float]:
+    radius = {name: torch.cdist(x, x).kthvalue(NEIGHBOURS + 1, dim=1).values for name, x in (("a", a), ("b", b))}
+    between = torch.cdist(b, a)  # reference by images
+    inside = between < radius["b"][:, None]
+    return {
+        "precision": float(inside.any(0).double().mean()),
+        "recall": float((between < radius["a"]).any(1).double().mean()),
+        "density": float(inside.sum(0).double().mean() / NEIGHBOURS),
+        "coverage": float((between.amin(1) < radius["b"]).double().mean()),
+    }
