@@ -14,7 +14,7 @@ Workloads: a name that `golddiff.Bank.build` knows, or `crops`: 15,000 crops of 
 - `optimal`: the exact scan beside `attention` (scaled_dot_product_attention with the bank as keys and values, and their
   squared norms as its mask) and `blocked` (plain products of blocks of 2,048 float32 rows with a running softmax).
 - `profile`: the share of a step's time that each part of it takes, batch 8.
-- `setup`: seconds to build the bank (known names; in a process of its own, with an empty cache), for mean and covariance,
+- `setup`: seconds to build the bank (known names; in a process of its own, empty cache), for mean and covariance,
   and for the first use of a mask.
 - `memory`: peak of a process that only samples: all resident, and without mapped files.
 

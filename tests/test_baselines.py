@@ -49,7 +49,7 @@ def patches_of_image(image, window):
 @pytest.mark.parametrize("name", ["ls", "els", "bbels"])
 def test_kamb_machines_are_their_formulas(name, t):
     pixels, _ = toy_arrays(5, (2, 6, 5))
-    bank, noise, window, h = gd.Bank.build(pixels), SCHEDULE(t), 3, 1
+    bank, noise, window, h = gd.Bank.build(pixels, layout="NCHW"), SCHEDULE(t), 3, 1
     alpha, sigma = float(noise.alpha), float(noise.sigma)
     x_t = noisy(bank, noise, rows=[1, 3])
     posterior = gd.denoiser(name, bank, window=window)(x_t, noise)
@@ -81,7 +81,7 @@ def test_kamb_machines_are_their_formulas(name, t):
 @pytest.mark.parametrize("t", LEVELS)
 def test_crops_are_their_formula(t):
     pixels, _ = toy_arrays(6, (2, 5, 4))
-    bank, noise, side = gd.Bank.build(pixels), SCHEDULE(t), 3
+    bank, noise, side = gd.Bank.build(pixels, layout="NCHW"), SCHEDULE(t), 3
     x_t, rows = noisy(bank, noise, rows=[2]), rows_of(bank)
     total, count = np.zeros((2, 5, 4)), np.zeros((2, 5, 4))
     for y in range(5 - side + 1):

@@ -14,7 +14,6 @@ LEVELS = [0.05, 0.3, 1.0, 3.0, 30.0, 1e4]
 @pytest.fixture(params=["_Floats", "_Bytes"])
 def products(request, monkeypatch):
     monkeypatch.setattr(whole, "scan_of", getattr(scan, request.param))
-    return request.param
 
 
 def test_digits_spell_the_number():
@@ -29,8 +28,10 @@ def test_digits_spell_the_number():
 
 @pytest.mark.parametrize("rho", LEVELS)
 @pytest.mark.parametrize("again", [0, 512])
-def test_the_scan_is_the_posterior_mean(products, digits, rho, again, monkeypatch):
+@pytest.mark.usefixtures("products")
+def test_the_scan_is_the_posterior_mean(digits, rho, again, monkeypatch):
     monkeypatch.setattr(whole, "MEASURED_AGAIN", again)
+    monkeypatch.setattr(scan, "BLOCK_NUMBERS", 0)  # many small blocks
     noise, labels = gd.Noise(1.0, rho), [-1, 3, -1, 3]
     x_t = noisy(digits, noise, rows=range(4), dtype=torch.float32)
     denoiser = gd.denoiser("optimal", digits)
@@ -42,8 +43,8 @@ def test_the_scan_is_the_posterior_mean(products, digits, rho, again, monkeypatc
 
 
 @pytest.mark.parametrize("order", ["rising", "falling"])
-def test_peaks_that_rise_and_fall(products, order):
-    """Rows ever nearer to x_t, over many blocks, or ever farther."""
+@pytest.mark.usefixtures("products")
+def test_rows_ever_nearer_or_ever_farther(order):
     pixels, _ = toy_arrays(700)
     nearer = np.linspace(1, 0, 700) if order == "rising" else np.linspace(0, 1, 700)
     pixels = (pixels[:1] + (pixels.astype(int) - pixels[:1]) * nearer[:, None, None, None]).astype(np.uint8)
@@ -61,7 +62,7 @@ def test_sums_of_bytes_are_settled_before_they_overflow(monkeypatch):
     bank, noise = gd.Bank.build(pixels), gd.Noise(1.0, 1e4)
     x_t = noisy(bank, noise, dtype=torch.float32)
     monkeypatch.setattr(scan, "MOST_PRODUCTS", 600)
-    monkeypatch.setattr(scan, "BYTES_AT_ONCE", 0)
+    monkeypatch.setattr(scan, "BLOCK_NUMBERS", 0)
     monkeypatch.setattr(whole, "scan_of", scan._Bytes)
     exact = gd.denoiser("optimal", bank)(x_t.double(), noise).mean
     assert float((gd.denoiser("optimal", bank)(x_t, noise).mean - exact).abs().max()) < 1e-5

@@ -36,6 +36,7 @@ __all__ = ["memory_since", "peak_memory", "run"]
 RECIPE, METRICS = "recipe.json", "metrics.json"
 SHOWN = 8  # trajectories and neighbours are shown for so many images
 IN_GRID = 144
+HALF_WRITTEN = re.compile(r"\.[0-9a-f]{8}-(seed\d{6,}.*|(grid|trajectories|nearest)\.png|samples\.npz|.*\.json)")
 OURS = re.compile(r"seed\d{6,}(-steps\.npz|\.png)")
 
 
@@ -78,6 +79,7 @@ def run(
     if not 0 <= nearest <= len(denoiser.bank):
         raise GolddiffError(f"nearest is {nearest}: give a number from 0 to {len(denoiser.bank)}, the rows of the bank")
     folder = _RunFolder(out, save_steps)
+    began = time.time()
     whole = folder.claim(recipe, force)
     meter = _Meter(denoiser.bank, recipe.steps)
     batches = [recipe.seeds[i : i + batch] for i in range(0, len(recipe.seeds), batch)]
@@ -93,6 +95,7 @@ def run(
                 folder.add(seeds, to_uint8(step.posterior.mean), kept)
     finally:
         folder.summarise(whole)
+        folder.sweep(began)
         if meter.images:
             folder.save_json(METRICS, meter.summary(batch))
     if nearest:
@@ -196,6 +199,12 @@ class _RunFolder:
         save_png(grid(pictures[:IN_GRID]), self.path / "grid.png")
         if followed := [seed for seed in done if self.steps(seed).exists()]:
             save_png(self._strips(followed[:SHOWN]), self.path / "trajectories.png")
+
+    def sweep(self, began: float) -> None:
+        """Removes files that a run which was killed left half-written, before this one began."""
+        for path in self.path.iterdir():
+            if HALF_WRITTEN.fullmatch(path.name) and path.stat().st_mtime < began:
+                path.unlink(missing_ok=True)
 
     def read(self, seeds: list[int]) -> np.ndarray:
         """The pictures of seeds, `(N, H, W, C)` uint8."""

@@ -44,14 +44,15 @@ class CropDenoiser(Denoiser):
     ) -> Posterior:
         support = Everything(self.bank).select(x_t, noise, None, eligible, seed)  # type: ignore[arg-type]
         q, s = self.bank.query(x_t, noise)
-        side = min(self.windows(noise[0]), *self.bank.shape[1:])
-        images = [self._of_one(q[b], s[b], side, eligible) for b in range(len(q))]
+        wanted = self.windows(noise[0])
+        sides = (min(wanted, self.bank.shape[1]), min(wanted, self.bank.shape[2]))
+        images = [self._of_one(q[b], s[b], sides, eligible) for b in range(len(q))]
         mean, log_total, ess = (torch.stack(parts) for parts in zip(*images, strict=True))
 
         def weigh(b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
-            log_totals = self._log_totals(q[b], s[b], side, eligible)
+            log_totals = self._log_totals(q[b], s[b], sides, eligible)
             parts = [
-                self._spread((self._logits(q[b], s[b], v, side) - log_totals).exp(), side)
+                self._spread((self._logits(q[b], s[b], v, sides) - log_totals).exp(), sides)
                 for _, _, v in self.bank.blocks(eligible, q.dtype, BLOCK)
             ]
             weights = torch.cat(parts).flatten(1).repeat(1, self.bank.shape[0])
@@ -68,33 +69,36 @@ class CropDenoiser(Denoiser):
             _weigh=weigh,
         )
 
-    def _of_one(self, q: Tensor, s: Tensor, side: int, eligible: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _of_one(
+        self, q: Tensor, s: Tensor, sides: tuple[int, int], eligible: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Mean of the centred rows, mean log of the totals, and ess, of one image, `(D,)` float64 each."""
-        log_totals = self._log_totals(q, s, side, eligible)
+        log_totals = self._log_totals(q, s, sides, eligible)
         channels = self.bank.shape[0]
         mean = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
         squares = torch.zeros(self.bank.shape[1:], dtype=torch.float64, device=q.device)
         for _, _, v in self.bank.blocks(eligible, q.dtype, BLOCK):
-            weights = self._spread((self._logits(q, s, v, side) - log_totals).exp_(), side).to(q.dtype)
+            weights = self._spread((self._logits(q, s, v, sides) - log_totals).exp_(), sides).to(q.dtype)
             mean += (weights[:, None] * v.unflatten(1, self.bank.shape)).sum(0).flatten()
             squares += weights.square().sum(0)
-        spread = self._spread(log_totals[None], side)[0]
+        spread = self._spread(log_totals[None], sides)[0]
         return mean, spread.flatten().repeat(channels), (1 / squares).flatten().repeat(channels)
 
-    def _log_totals(self, q: Tensor, s: Tensor, side: int, eligible: Tensor | None) -> Tensor:
+    def _log_totals(self, q: Tensor, s: Tensor, sides: tuple[int, int], eligible: Tensor | None) -> Tensor:
         """`logsumexp` of each crop's logits, `(rows, columns)` float64."""
-        parts = [self._logits(q, s, v, side).logsumexp(0) for _, _, v in self.bank.blocks(eligible, q.dtype, BLOCK)]
+        parts = [self._logits(q, s, v, sides).logsumexp(0) for _, _, v in self.bank.blocks(eligible, q.dtype, BLOCK)]
         return torch.stack(parts).logsumexp(0)
 
-    def _logits(self, q: Tensor, s: Tensor, v: Tensor, side: int) -> Tensor:
+    def _logits(self, q: Tensor, s: Tensor, v: Tensor, sides: tuple[int, int]) -> Tensor:
         """Of each row and crop, `(n, rows, columns)` float64."""
         squares = (q - v * s).square_().unflatten(1, self.bank.shape).sum(1)
-        return functional.avg_pool2d(squares[:, None], side, stride=1, divisor_override=1)[:, 0].double() / -2
+        return functional.avg_pool2d(squares[:, None], sides, stride=1, divisor_override=1)[:, 0].double() / -2
 
-    def _spread(self, crops: Tensor, side: int) -> Tensor:
+    def _spread(self, crops: Tensor, sides: tuple[int, int]) -> Tensor:
         """Mean over the crops that hold a pixel, `(n, rows, columns)` -> `(n, H, W)`."""
-        padded = functional.pad(crops[:, None], (side - 1,) * 4)
-        sums = functional.avg_pool2d(padded, side, stride=1, divisor_override=1)[:, 0]
-        holders = [torch.arange(1, n + 1).clamp(max=min(side, n - side + 1)) for n in self.bank.shape[1:]]
+        padded = functional.pad(crops[:, None], (sides[1] - 1,) * 2 + (sides[0] - 1,) * 2)
+        sums = functional.avg_pool2d(padded, sides, stride=1, divisor_override=1)[:, 0]
+        lengths = zip(self.bank.shape[1:], sides, strict=True)
+        holders = [torch.arange(1, n + 1).clamp(max=min(side, n - side + 1)) for n, side in lengths]
         counts = [torch.minimum(h, h.flip(0)).to(crops.device) for h in holders]
         return sums / (counts[0][:, None] * counts[1])

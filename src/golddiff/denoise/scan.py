@@ -1,60 +1,59 @@
-"""The two products of a scan, rows with images and images with rows, in floats or in bytes.
-
-A scan keeps, for each image of a batch, a weighted sum of the rows that grows block by block.
-"""
+"""The two products of a scan, rows with images and images with rows, in floats or in bytes."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ..bank import Bank
+from ..bank import BLOCK_NUMBERS, Bank
 from ..golden import rounding
 
-__all__ = ["SLACK", "Scan", "scan_of"]
+__all__ = ["Scan", "scan_of"]
 
-SLACK = 2.0  # weights up to exp(2) are taken, so that sums are scaled less often
 DIGITS = torch.tensor([1.0, 2.0**8, 2.0**16, 2.0**24], dtype=torch.float64)
 MOST_PRODUCTS = 2**17 - 1  # of bytes, that add up in int32
-BYTES_AT_ONCE = 2**22
 FEWEST_ROWS, MOST_ROWS = 256, 2**15  # of a block
 
 
 class Scan(abc.ABC):
-    """`bank.query(x_t, noise)` of a batch against blocks of rows.
+    """`bank.query(x_t, noise)` of a batch against blocks of rows, and weighted sums of rows.
 
     Arguments:
         q: `(B, D)`. s: `(B,)`.
+
+    Attributes:
+        size: rows of a block.
     """
 
+    size: int
+
     def __init__(self, bank: Bank, q: Tensor, s: Tensor) -> None:
-        self.bank, self.q, self.s = bank, q, s
+        self.bank, self.s = bank, s
         self.lengths = q.double().norm(dim=1)
         self.half = (s.double() ** 2 / -2).to(q.dtype)
 
     @abc.abstractmethod
-    def blocks(self, eligible: Tensor | None) -> Iterator[tuple[slice, Tensor | slice, Tensor]]:
-        """Yields `(part, rows, block)`; the block is overwritten by the next one."""
+    def read(self, rows: Tensor | slice) -> Tensor:
+        """The rows as products take them, `(n, D)`; overwritten by the next call."""
 
     @abc.abstractmethod
     def logits(self, block: Tensor, norms: Tensor, out: Tensor) -> Tensor:
         """`s q v - s^2 |v|^2 / 2`, `(n, B)`, into `out`; returns a bound of their rounding errors, `(B,)`."""
 
     @abc.abstractmethod
-    def add(self, block: Tensor, weights: Tensor) -> Tensor:
-        """Adds rows by weights `(n, B)` from 0 to exp(SLACK); returns the sums of the weights as they were taken,
-        `(B,)` float64."""
+    def begin(self, images: int) -> None:
+        """Begins weighted sums for so many images."""
 
     @abc.abstractmethod
-    def shrink(self, factor: Tensor) -> None:
-        """Multiplies what was added so far, by `(B,)`."""
+    def add(self, block: Tensor, weights: Tensor) -> Tensor:
+        """Adds rows by weights `(n, images)` from 0 to 1; returns the sums of the weights as they were taken,
+        `(images,)` float64."""
 
     @abc.abstractmethod
     def weighted_sum(self, total: Tensor) -> Tensor:
-        """The sum of `v` by weights, `(B, D)` float64; `total` are the sums of the weights."""
+        """The sum of `v` by weights, `(images, D)` float64; `total` are the sums of the weights."""
 
 
 class _Floats(Scan):
@@ -62,22 +61,23 @@ class _Floats(Scan):
 
     def __init__(self, bank: Bank, q: Tensor, s: Tensor) -> None:
         super().__init__(bank, q, s)
+        self.size = min(max(FEWEST_ROWS, BLOCK_NUMBERS // bank.D), MOST_ROWS, len(bank))
         self._query = (s.double()[:, None] * q).to(q.dtype)
-        self._sum = q.new_zeros(q.shape[1], len(q))
+        self._buffer = q.new_empty(self.size, bank.D)
 
-    def blocks(self, eligible: Tensor | None) -> Iterator[tuple[slice, Tensor | slice, Tensor]]:
-        return self.bank.blocks(eligible, self.q.dtype)
+    def read(self, rows: Tensor | slice) -> Tensor:
+        return self.bank.centred(rows, self._buffer.dtype, self._buffer)
 
     def logits(self, block: Tensor, norms: Tensor, out: Tensor) -> Tensor:
         torch.mul(norms.to(out.dtype)[:, None], self.half, out=out).addmm_(block, self._query.T)
         return rounding(self.s, self.lengths, norms, out.dtype)
 
+    def begin(self, images: int) -> None:
+        self._sum = self._query.new_zeros(self.bank.D, images)
+
     def add(self, block: Tensor, weights: Tensor) -> Tensor:
         self._sum.addmm_(block.T, weights)
         return weights.sum(0).double()
-
-    def shrink(self, factor: Tensor) -> None:
-        self._sum.mul_(factor)
 
     def weighted_sum(self, total: Tensor) -> Tensor:
         return self._sum.T.double()
@@ -93,58 +93,50 @@ class _Bytes(Scan):
 
     def __init__(self, bank: Bank, q: Tensor, s: Tensor) -> None:
         super().__init__(bank, q, s)
+        self.size = min(max(FEWEST_ROWS, 2 * BLOCK_NUMBERS // bank.D), MOST_ROWS, len(bank))
+        self._buffer = torch.empty(self.size, bank.D, dtype=torch.uint8)
         self._middle = bank.centre.double() - 128
-        self._unit = q.double().abs().amax(1).clamp(min=1e-30) / (2**23 - 2**15 - 2**7 - 1)
-        self._digits = digits((q.double() / self._unit[:, None]).round_())[..., :3].permute(1, 2, 0).flatten(1)
-        self._digits = self._digits.T.contiguous().T
+        unit = q.double().abs().amax(1).clamp(min=1e-30) / (2**23 - 2**15 - 2**7 - 1)
+        spelled = digits((q.double() / unit[:, None]).round_())[..., :3]
+        self._query = spelled.permute(2, 0, 1).flatten(0, 1).contiguous()  # (3 B, D)
         self._constant = (s.double() * (q.double() @ self._middle)).to(q.dtype)
-        self._scale = (s.double() * self._unit).to(q.dtype)
-        self._sums = torch.zeros(bank.D, len(q), 4, dtype=torch.int32)
-        self._rows = 0
-        self._done = torch.zeros(bank.D, len(q), dtype=torch.float64)
-        self._step = float(torch.tensor(SLACK).exp() * 1.001) / (2**31 - 2**24)
+        self._scale = (s.double() * unit).to(q.dtype)
+        self._step = 1 / (2**31 - 2**24)
 
-    def blocks(self, eligible: Tensor | None) -> Iterator[tuple[slice, Tensor | slice, Tensor]]:
-        count = len(self.bank) if eligible is None else len(eligible)
-        size = min(max(FEWEST_ROWS, BYTES_AT_ONCE // self.bank.D), MOST_ROWS)
-        pixels, buffer = self.bank.pixels.flatten(1), torch.empty(min(size, count), self.bank.D, dtype=torch.uint8)
-        for start in range(0, count, size):
-            part = slice(start, min(start + size, count))
-            rows = part if eligible is None else eligible[part]
-            chosen = pixels[rows]
-            block = torch.bitwise_xor(chosen, 128, out=buffer[: len(chosen)])
-            self.bank.bytes_read += block.numel()
-            yield part, rows, block.view(torch.int8)
+    def read(self, rows: Tensor | slice) -> Tensor:
+        chosen = self.bank.pixels[rows].flatten(1)
+        self.bank.bytes_read += chosen.numel()
+        return torch.bitwise_xor(chosen, 128, out=self._buffer[: len(chosen)]).view(torch.int8)
 
     def logits(self, block: Tensor, norms: Tensor, out: Tensor) -> Tensor:
-        low, middle, high = torch._int_mm(block, self._digits).unflatten(1, (3, -1)).unbind(1)
+        low, middle, high = torch._int_mm(block, self._query.T).unflatten(1, (3, -1)).unbind(1)
         out.copy_(high).mul_(2.0**16).add_(middle, alpha=2.0**8).add_(low)
         out.mul_(self._scale).sub_(self._constant).addcmul_(norms.to(out.dtype)[:, None], self.half)
         longest = norms.max().sqrt() + self._middle.norm()  # of b
         return rounding(self.s, self.lengths, longest**2, out.dtype)
 
+    def begin(self, images: int) -> None:
+        self._sums = torch.zeros(self.bank.D, images, 4, dtype=torch.int32)
+        self._done = torch.zeros(self.bank.D, images, dtype=torch.float64)
+        self._rows = 0
+
     def add(self, block: Tensor, weights: Tensor) -> Tensor:
         if self._rows + len(block) > MOST_PRODUCTS:
             self._settle()
         whole = (weights.double() / self._step).round_()
-        products = torch._int_mm(block.T, digits(whole).flatten(1))
-        self._sums += products.view_as(self._sums)
+        self._sums += torch._int_mm(block.T, digits(whole).flatten(1)).view_as(self._sums)
         self._rows += len(block)
         return whole.sum(0) * self._step
-
-    def shrink(self, factor: Tensor) -> None:
-        self._settle()
-        self._done *= factor
 
     def weighted_sum(self, total: Tensor) -> Tensor:
         self._settle()
         return self._done.T - total[:, None] * self._middle
 
     def _settle(self) -> None:
-        if self._rows:
-            self._done += (self._sums.double() @ DIGITS) * self._step
-            self._sums.zero_()
-            self._rows = 0
+        """Brings the sums of digits to numbers, before they overflow."""
+        self._done += (self._sums.double() @ DIGITS) * self._step
+        self._sums.zero_()
+        self._rows = 0
 
 
 def digits(whole: Tensor) -> Tensor:

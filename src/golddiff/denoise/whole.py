@@ -14,7 +14,7 @@ from ..locality import WholeImage
 from ..noise import Noise
 from ..posterior import Posterior, softmax_of_rows
 from .base import Denoiser
-from .scan import SLACK, scan_of
+from .scan import scan_of
 
 __all__ = ["Nearest", "Optimal"]
 
@@ -91,36 +91,39 @@ class Optimal(Denoiser):
         return mean, log_total, ess
 
     def _scan_some(self, q: Tensor, s: Tensor, eligible: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """One pass over the rows: logits by a product with each block, and where a block can matter its weighted sum
-        by another, while it is in the cache. Few rows of weight are measured again.
-        """
+        """Logits of all rows by one product with each block. Few rows of weight are measured again; where there are
+        many, a second product with the blocks that matter gives their weighted sum."""
         count, scan = len(self.bank) if eligible is None else len(eligible), scan_of(self.bank, q, s)
-        logits, peak = q.new_empty(count, len(q)), q.new_full((len(q),), -math.inf)
-        total, squares, error = (torch.zeros(len(q), dtype=torch.float64, device=q.device) for _ in range(3))
-        reach = NEGLIGIBLE + math.log(count)
-        for part, rows, block in scan.blocks(eligible):
-            error = torch.maximum(error, scan.logits(block, self.bank.norms[rows], out=logits[part]))
-            top = logits[part].amax(0)
-            if bool((top > peak + SLACK).any()):
-                before, peak = peak, torch.maximum(peak, top)
-                factor = (before - peak).double().exp_()
-                scan.shrink(factor)
-                total, squares = total * factor, squares * factor**2
-            if bool((top >= peak - 2 * error - reach).any()):
-                weights = torch.sub(logits[part], peak).clamp_(min=-TINY).exp_()
-                total += scan.add(block, weights)
-                squares += torch.linalg.vector_norm(weights, dim=0).double() ** 2
-        ess = total**2 / squares
-        mean = scan.weighted_sum(total) / total[:, None]
-        log_total = peak.double() + total.log() - q.double().square().sum(1) / 2
-        floor = (logits.amax(0).double() - 2 * error - reach).to(q.dtype)
-        floor[ess > MEASURED_AGAIN] = math.inf
+        parts = [slice(start, min(start + scan.size, count)) for start in range(0, count, scan.size)]
+        logits, tops = q.new_empty(count, len(q)), []
+        error = torch.zeros(len(q), dtype=torch.float64, device=q.device)
+        for part in parts:
+            rows = part if eligible is None else eligible[part]
+            error = torch.maximum(error, scan.logits(scan.read(rows), self.bank.norms[rows], out=logits[part]))
+            tops.append(logits[part].amax(0))
+        peak = torch.stack(tops).amax(0)
+        floor = (peak.double() - 2 * error - NEGLIGIBLE - math.log(count)).to(q.dtype)
         carried = logits >= floor
-        carried &= carried.sum(0, dtype=torch.int32) <= MEASURED_AGAIN
-        where, which = carried.nonzero(as_tuple=True)
-        for b in which.unique().tolist():
+        heavy = carried.sum(0, dtype=torch.int32) > MEASURED_AGAIN
+        mean = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+        log_total, ess = mean.new_zeros(len(q)), mean.new_zeros(len(q))
+        where, which = (carried & ~heavy).nonzero(as_tuple=True)
+        for b in (~heavy).nonzero()[:, 0].tolist():
             chosen = where[which == b]
             mean[b], log_total[b], ess[b] = self._measured(q[b], s[b], chosen if eligible is None else eligible[chosen])
+        if bool(heavy.any()):
+            only = slice(None) if bool(heavy.all()) else heavy.nonzero()[:, 0]
+            scan.begin(int(heavy.sum()))
+            total = squares = mean.new_zeros(int(heavy.sum()))
+            for part, top in zip(parts, tops, strict=True):
+                if bool((top[only] >= floor[only]).any()):
+                    block = scan.read(part if eligible is None else eligible[part])
+                    weights = torch.sub(logits[part, only], peak[only]).clamp_(min=-TINY).exp_()
+                    total = total + scan.add(block, weights)
+                    squares = squares + torch.linalg.vector_norm(weights, dim=0).double() ** 2
+            mean[only] = scan.weighted_sum(total) / total[:, None]
+            log_total[only] = peak[only].double() + total.log() - q[only].double().square().sum(1) / 2
+            ess[only] = total**2 / squares
         return mean, log_total, ess
 
 
