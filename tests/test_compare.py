@@ -144,7 +144,7 @@ def test_distribution_metrics():
     # both ways to the trace of the root: fewer images than features, and more
     wide = torch.cat([b, torch.zeros(500, 600)], 1)
     assert distribution(torch.cat([a, torch.zeros(400, 600)], 1), wide)["fid"][0] == pytest.approx(
-        same["fid"][0], abs=1e-6
+        same["fid"][0], abs=1e-4
     )
     with pytest.raises(gd.GolddiffError, match="one extractor"):
         distribution(a, b[:, :2])
