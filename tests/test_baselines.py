@@ -206,8 +206,23 @@ def test_windows_follow_the_noise(tmp_path):
         ("knn", {"draws": 1.5}, "draws"),
         ("els", {"window": 4}, "odd"),
         ("golddiff", {"locality": "els"}, "locality"),
+        ("golddiff", {"window": 3}, "no effect"),
+        ("golddiff", {"locality": "ls", "mask": np.ones((60, 60), bool)}, "no effect"),
+        ("golddiff", {"locality": "optimal", "threshold": 0.3}, "no effect"),
     ],
 )
 def test_bad_options_are_refused(toy, name, options, said):
     with pytest.raises(gd.GolddiffError, match=said):
         gd.denoiser(name, toy, **options)
+
+
+def test_few_neighbours_at_low_noise(toy):
+    noise = gd.Noise(1.0, 0.01)
+    x_t = toy.images(slice(0, 1), torch.float64) + 0.01
+    posterior = gd.denoiser("knn", toy, neighbours=1, draws=4)(x_t, noise)
+    assert float(posterior.weights(0)[1].sum()) == pytest.approx(1)
+
+
+def test_large_images_need_no_mask_for_a_window(toy, monkeypatch):
+    monkeypatch.setattr("golddiff.locality.LARGEST_MASK", 10)
+    assert gd.denoiser("ls", toy, window=3).locality.runs(SCHEDULE(5)) is None

@@ -150,6 +150,19 @@ def test_distribution_metrics():
         distribution(a, b[:, :2])
 
 
+def test_a_row_with_a_twin_is_a_copy():
+    pixels = np.random.default_rng(0).integers(0, 255, (9, 8, 8), dtype=np.uint8)
+    pixels[5] = pixels[0]
+    bank = gd.Bank.build(pixels, layout="NHW")
+    assert copies(bank.images(slice(0, 1)), bank).share == 1.0
+
+
+@pytest.mark.parametrize("count", [6, 19, 25, 29])
+def test_sets_of_any_size(count):
+    features = torch.randn(count, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert distribution(features, features)["fid"][0] == pytest.approx(0, abs=1e-9)
+
+
 def test_extractors(digits, tmp_path):
     images = digits.images(slice(0, 4))
     assert torch.equal(extractor("pixels", digits)(images), images.double().flatten(1))
@@ -210,7 +223,7 @@ def test_compare_a_method_with_itself(compared, digits):
     assert (out / "steps.png").exists()
 
 
-def test_compare_goes_on_and_adds_methods(compared, monkeypatch):
+def test_compare_goes_on_and_adds_methods(compared, digits):
     run, out = compared
     first = run("optimal")
     stamp = (out / "optimal.npz").stat().st_mtime_ns
@@ -224,6 +237,12 @@ def test_compare_goes_on_and_adds_methods(compared, monkeypatch):
         run("optimal", steps=5)
     with pytest.raises(gd.GolddiffError, match="other options or seeds"):
         run("optimal@3")
+    with pytest.raises(gd.GolddiffError, match="other network"):
+        run("optimal", oracle=gd.oracle(lambda x, t: x, digits, prediction="sample", schedule="ddpm"))
+    with pytest.raises(gd.GolddiffError, match="other held_out"):
+        run("optimal", held_out=digits.images(slice(0, 2)))
+    with pytest.raises(gd.GolddiffError, match="batch"):
+        run("optimal", batch=0)
     (out / "optimal.npz").write_bytes(b"no")
     with pytest.raises(gd.GolddiffError, match="damaged"):
         run("optimal")

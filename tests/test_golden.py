@@ -130,3 +130,12 @@ def test_a_class_restricts_pool_and_subset(toy):
     counts = [int((toy.labels == 0).sum()), int((toy.labels == 2).sum()), 60]
     assert support.eligible.tolist() == counts
     assert [len(support.rows_of(b)) for b in range(3)] == [Budget().sizes(noise, n)[1] for n in counts]
+
+
+@pytest.mark.parametrize("name", ["golddiff", "nearest", "optimal"])
+def test_noise_beyond_float32_in_float64(digits, name):
+    options = {} if name == "nearest" else {"retrieval": "paper"}
+    noise = gd.Noise(1.0, 1e-20)
+    x_t = digits.images(slice(3, 5), torch.float64)
+    mean = gd.denoiser(name, digits, **options)(x_t, noise).mean
+    assert torch.allclose(mean, x_t, atol=1e-9)

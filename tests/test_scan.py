@@ -75,3 +75,11 @@ def test_images_in_parts_when_logits_would_take_too_much(digits, monkeypatch):
     monkeypatch.setattr(whole, "LOGITS_AT_ONCE", 2 * len(digits))
     apart = gd.denoiser("optimal", digits)(x_t, noise)
     assert torch.allclose(together.mean, apart.mean, atol=1e-6)
+
+
+@pytest.mark.usefixtures("products")
+def test_images_of_any_strides(digits):
+    x_t = torch.randn(1, 8, 8, 5, generator=torch.Generator().manual_seed(0)).permute(3, 0, 1, 2)
+    noise = gd.Noise(1.0, 1.0)
+    denoiser = gd.denoiser("optimal", digits)
+    assert torch.allclose(denoiser(x_t, noise).mean, denoiser(x_t.contiguous(), noise).mean, atol=1e-5)

@@ -47,6 +47,12 @@ def calibrate(
     tried = sorted({*(sides or [s for s in (3, 5, 7, 11, 15, 23) if s < largest]), *([] if sides else [largest])})
     if Path(out).suffix != ".json":
         raise GolddiffError(f"{out}: give a file that ends in .json")
+    if type(batch) is not int or batch < 1:
+        raise GolddiffError(f"batch is {batch!r}: give a whole number of at least 1")
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GolddiffError(f"{Path(out).parent} cannot be made ({error.strerror}): give another file") from error
     models = [denoiser(method, bank, window=side, **options) for side in tried]
     total = torch.zeros(steps, len(tried), dtype=torch.float64)
     levels = schedule_named(schedule).levels(steps)

@@ -261,7 +261,7 @@ def _default_out(named: Any, held: Bank, method: str, chosen: dict[str, Any]) ->
 @click.option("--steps", type=int, help="DDIM steps.  [default: 10]")
 @click.option("--schedule", type=_Name("schedule", SCHEDULES), help="Noise levels.  [default: ddpm]")
 @click.option("--held-out", type=int, default=64, show_default=True, help="Test images to denoise, if BANK has some.")
-@click.option("--features", default="pca", show_default=True, help="For FID: pixels, pca, or a TorchScript file.")
+@click.option("--features", help="For FID: pixels, pca, or a TorchScript file.  [default: pca]")
 @click.option("--batch", type=int, default=8, show_default=True, help="Images that go together.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the tables.  [default: runs/BANK-compare]")
@@ -300,7 +300,7 @@ def compare_command(source: str | None, **given: Any) -> None:
         steps=10 if chosen["steps"] is None else chosen["steps"],
         schedule=given["schedule"] or said.get("schedule", "ddpm"),
         held_out=test,
-        features=given["features"],
+        features=given["features"] or said.get("features", "pca"),
         batch=given["batch"],
     )
     click.echo((out / "table.md").read_text(), nl=False)
@@ -318,7 +318,7 @@ def _held_out(source: str, held: Bank, count: int, building: dict[str, Any]) -> 
         return None
     if images.shape != held.shape or images.dtype != held.pixels.numpy().dtype:
         return None
-    pixels = torch.from_numpy(images.read(0, len(images)))
+    pixels = torch.from_numpy(images.read(0, len(images)).copy())
     return (pixels.double() * held.scale + held.offset).float()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -21,7 +22,7 @@ from .bank import Bank
 from .denoise import Denoiser, denoiser
 from .errors import GolddiffError
 from .files import replacing
-from .metrics import agreement, copies, distribution, extractor, mean_and_error
+from .metrics import FEWEST, agreement, copies, distribution, extractor, mean_and_error
 from .noise import schedule_named
 from .oracle import Oracle
 from .pictures import grid, save_png, to_uint8
@@ -34,7 +35,7 @@ __all__ = ["Method", "compare", "parse_method"]
 SETTINGS, ORACLE = "compare.json", "oracle"
 HELD_OUT_SEED = 2**40  # far from the seeds of samples
 IN_GRID = 12
-REFERENCES = 10_000  # rows of the bank that sets of images are compared with
+REFERENCES, NUMBERS = 10_000, 2**25  # rows of the bank that sets of images are compared with, and their pixels
 
 
 @dataclass(frozen=True)
@@ -99,15 +100,23 @@ def compare(
     if len({m.key for m in parsed}) != len(parsed) or not parsed:
         raise GolddiffError(f"methods {list(methods)}: name each once, and at least one")
     denoisers = [denoiser(m.name, bank, **m.options) for m in parsed]
+    if type(batch) is not int or batch < 1:
+        raise GolddiffError(f"batch is {batch!r}: give a whole number of at least 1")
+    if len(bank) < 2:
+        raise GolddiffError("a bank of one image has nothing to compare: give a larger bank")
     extract = extractor(features, bank)
+    count = max(2, min(len(bank), REFERENCES, NUMBERS // bank.D))
+    rows = torch.linspace(0, len(bank) - 1, count).long()
+    reference = extract(bank.images(rows.to(bank.device)).cpu())
     levels = schedule_named(schedule).levels(steps)
     settings = {
         "bank": bank.fingerprint,
         "oracle": oracle_name if oracle else None,
+        "network": oracle.identity if oracle else None,
         "seeds": listed,
         "steps": steps,
         "schedule": schedule,
-        "held_out": 0 if held_out is None else len(held_out),
+        "held_out": None if held_out is None else [len(held_out), _hash(held_out)],
         "features": features,
     }
     folder = _Folder(out, settings)
@@ -125,8 +134,6 @@ def compare(
             return work.of(model, chosen, x_t, key)
 
         kept[method.key] = folder.make(method.file, stored, run)
-    rows = torch.linspace(0, len(bank) - 1, min(len(bank), REFERENCES)).long()
-    reference = extract(bank.images(rows.to(bank.device)).cpu())
     results = {
         "settings": settings,
         "times": [t for t, _ in levels],
@@ -264,6 +271,10 @@ class _Folder:
             part.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def _hash(tensor: Tensor) -> str:
+    return hashlib.blake2b(tensor.contiguous().cpu().numpy().tobytes(), digest_size=8).hexdigest()
+
+
 def _stack(steps: list[Tensor]) -> np.ndarray:
     """`(n, steps, C, H, W)` float32."""
     return torch.stack([s.float().cpu() for s in steps], 1).numpy()
@@ -288,7 +299,7 @@ def _summary(
         "ratio_d1_d2": mean_and_error(found.d1 / found.d2.clamp(min=1e-12)),
         "copies": found.share,
     }
-    if len(means) > 5:
+    if min(len(means), len(reference)) >= FEWEST:
         out["sets"] = distribution(extract(means[:, -1]), reference)
     if guide is not None:
         network = torch.from_numpy(guide["means"][: len(means)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -332,6 +333,10 @@ def smallest(
     if count >= len(fast):
         return torch.arange(len(fast), device=fast.device)
     cut = _kth(fast, count).double()
+    if not (bool(cut.isfinite()) and math.isfinite(tolerance)):  # out of the range of a fast product
+        everything = torch.arange(len(fast), device=fast.device)
+        everything = everything[keys(everything).argsort()]
+        return everything[exact(everything).argsort(stable=True)][:count]
     sure = (fast.double() < cut - 2 * tolerance).nonzero()[:, 0]
     near = ((fast.double() - cut).abs() <= 2 * tolerance).nonzero()[:, 0]
     if len(sure) + len(near) > count:

@@ -25,6 +25,7 @@ __all__ = ["MASK_RULES", "GivenMask", "Locality", "MaskRuns", "Masked", "PCAMask
 
 MASK_RULES = ("output", "correlation", "published")
 BYTES_IN_MEMORY = 2**28
+LARGEST_MASK = 2**28  # entries of a window's mask
 TILE = 1024  # pixels of one prefix sum, see kernels.py
 Sums = Callable[..., Tensor]
 PUBLISHED_WINDOWS = list(zip(EDM().times(18), [32] * 7 + [23, 15, 11, 7, 5] + [3] * 6, strict=True))
@@ -204,6 +205,10 @@ class Window(Masked):
         near = [(torch.arange(n)[:, None] - torch.arange(n)).abs() <= half for n in (height, width)]
         plane = (near[0][:, None, :, None] & near[1][None, :, None, :]).reshape(height * width, -1)
         return plane.repeat(channels, channels)
+
+    def runs(self, noise: Noise, label: int | None = None) -> MaskRuns | None:
+        # box sums need no mask, so for large images none is made
+        return super().runs(noise, label) if math.prod(self.shape) ** 2 <= LARGEST_MASK else None
 
     def sums(self, noise: Noise, label: int | None, like: Tensor) -> Sums:
         channels, height, width = self.shape

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +15,15 @@ from .bank import Bank
 from .errors import GolddiffError
 from .golden import nearest_rows
 from .noise import Noise
+from .spectrum import LARGEST_EIGENBASIS
 
 __all__ = ["Agreement", "Copies", "agreement", "copies", "distribution", "extractor", "mean_and_error"]
 
 COPY = 1 / 3  # d1 / d2 under which an image counts as a copy
+SAME = 1 / 255
 COMPONENTS = 64
 NEIGHBOURS = 5
+FEWEST = NEIGHBOURS + 1  # images of a set
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Copies:
 
     Arguments:
         row: `(n,)`. d1, d2: root mean square difference of a pixel (range 0 to 2) to the nearest and second nearest.
-        share: of images with `d1 / d2` under 1/3.
+        share: of images with `d1 / d2` under 1/3, or with d1 under half a grey level.
     """
 
     row: Tensor
@@ -71,7 +75,8 @@ class Copies:
 
     @property
     def share(self) -> float:
-        return float((self.d1 < COPY * self.d2).double().mean())
+        near = (self.d1 < COPY * self.d2) | (self.d1 < SAME)  # a row with a twin has d1 = d2
+        return float(near.double().mean())
 
 
 def copies(images: Tensor, bank: Bank) -> Copies:
@@ -101,11 +106,10 @@ def extractor(name: str, bank: Bank) -> Extractor:
     if name == "pixels":
         return lambda images: images.double().flatten(1)
     if name == "pca":
-        statistics = bank.spectrum()
-        vectors = getattr(statistics, "eigenvectors", None)
-        if vectors is None:
-            raise GolddiffError("images of this size have no eigenbasis: use pixels, or a TorchScript file")
-        basis, mean = vectors[:, -COMPONENTS:], statistics.mean
+        if min(bank.D, len(bank)) > LARGEST_EIGENBASIS:
+            raise GolddiffError("images of this size have no eigenbasis: use --features pixels, or a TorchScript file")
+        statistics: Any = bank.spectrum()
+        basis, mean = statistics.eigenvectors[:, -COMPONENTS:], statistics.mean
         return lambda images: (images.double().flatten(1) - mean) @ basis
     if not Path(name).is_file():
         raise GolddiffError(f"features '{name}': give pixels, pca, or a TorchScript file that is there")
@@ -115,9 +119,14 @@ def extractor(name: str, bank: Bank) -> Extractor:
         raise GolddiffError(f"{name} is no TorchScript file ({str(error).splitlines()[0][:120]})") from error
 
     def features(images: Tensor) -> Tensor:
-        with torch.no_grad():
-            parts = [network(part.float()).flatten(1).double() for part in images.split(256)]
-        out = torch.cat(parts)
+        try:
+            with torch.no_grad():
+                out = torch.cat([network(part.float()).flatten(1).double() for part in images.split(256)])
+        except Exception as error:  # networks of others fail in any way
+            shape = tuple(images.shape[1:])
+            raise GolddiffError(
+                f"{name} does not take images of shape {shape}: {str(error).splitlines()[-1]}"
+            ) from error
         if not bool(out.isfinite().all()):
             raise GolddiffError(f"{name} returns NaN or infinite features: mend it, or use pixels or pca")
         return out
@@ -135,16 +144,15 @@ def distribution(features: Tensor, reference: Tensor, blocks: int = 4) -> dict[s
     """
     if features.shape[1] != reference.shape[1]:
         raise GolddiffError(f"{features.shape[1]} features beside {reference.shape[1]}: use one extractor for both")
-    least = NEIGHBOURS + 1
-    if len(features) < least or len(reference) < least:
-        raise GolddiffError(f"{len(features)} and {len(reference)} images: sets need at least {least}")
+    if len(features) < FEWEST or len(reference) < FEWEST:
+        raise GolddiffError(f"{len(features)} and {len(reference)} images: sets need at least {FEWEST}")
 
     def all_of(part: Tensor) -> dict[str, float]:
         return {"fid": _fid(part, reference), "kid": _kid(part, reference), **_prdc(part, reference)}
 
     whole = all_of(features)
-    blocks = max(1, min(blocks, len(features) // least))
-    parts = [all_of(part) for part in features.chunk(blocks)] if blocks > 1 else []
+    blocks = max(1, min(blocks, len(features) // FEWEST))
+    parts = [all_of(part) for part in features.tensor_split(blocks)] if blocks > 1 else []
     return {
         name: (value, mean_and_error(torch.tensor([p[name] for p in parts]))[1] if parts else math.nan)
         for name, value in whole.items()

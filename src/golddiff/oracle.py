@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import Tensor
 from .bank import Bank
 from .denoise import Denoiser
 from .errors import GolddiffError, unknown
+from .files import hash_file
 from .noise import DDPM, Noise, Schedule
 from .posterior import Posterior
 
@@ -39,12 +41,21 @@ class Oracle(Denoiser):
         network: `network(x, t)`: `(B, C, H, W)` float32 and `(B,)` -> `(B, C, H, W)`.
         prediction: `epsilon`, `sample`, `v_prediction` or `denoised`.
         schedule: of the network, with a table `alphas_cumprod`; None for `denoised`.
+        weights: a hash of the network's files, if it has some.
+
+    Attributes:
+        identity: of weights, prediction and schedule.
     """
 
     properties = frozenset({"permutation_invariant"})
 
     def __init__(
-        self, bank: Bank, network: Callable[[Tensor, Tensor], Tensor], prediction: str, schedule: DDPM | None
+        self,
+        bank: Bank,
+        network: Callable[[Tensor, Tensor], Tensor],
+        prediction: str,
+        schedule: DDPM | None,
+        weights: str = "",
     ) -> None:
         if prediction not in PREDICTIONS:
             raise unknown("prediction", prediction, PREDICTIONS)
@@ -59,6 +70,8 @@ class Oracle(Denoiser):
         if schedule is not None:
             table = schedule.alphas_cumprod.double()
             self._angles = torch.atan2((1 - table).sqrt(), table.sqrt())
+        said = f"{weights} {prediction} {None if self._angles is None else self._angles.tolist()}"
+        self.identity = hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
     def _posterior(
         self, x_t: Tensor, noise: Noise, label: int | None, eligible: Tensor | None, seed: Tensor
@@ -121,18 +134,19 @@ def oracle(
         GolddiffError: no such network, images of another shape, or no word of the schedule.
     """
     if isinstance(source, str | Path):
-        network, stated = _diffusers(Path(source), bank)
+        network, stated, weights = _diffusers(Path(source), bank)
     elif callable(source):
-        network, stated = source, None
+        network, stated, weights = source, None, ""
     else:
         raise GolddiffError(f"an oracle of type {type(source).__name__}: give a folder or a callable")
     if prediction == "denoised":
-        return Oracle(bank, network, prediction, None)
+        return Oracle(bank, network, prediction, None, weights)
     table: Any = DDPM() if schedule == "ddpm" else schedule
+    if stated is not None:
+        prediction = prediction or str(stated.config.prediction_type)
     if table is None and stated is not None:
         table = DDPM()
         table.alphas_cumprod = stated.alphas_cumprod.float()
-        prediction = prediction or str(stated.config.prediction_type)
     if table is None:
         raise GolddiffError(
             f"{source} says nothing about its schedule: give schedule='ddpm' (--oracle-schedule ddpm), "
@@ -140,11 +154,11 @@ def oracle(
         )
     if not hasattr(table, "alphas_cumprod"):
         raise unknown("schedule of an oracle", str(schedule), ("ddpm",))
-    return Oracle(bank, network, prediction or "epsilon", table)
+    return Oracle(bank, network, prediction or "epsilon", table, weights)
 
 
-def _diffusers(folder: Path, bank: Bank) -> tuple[Callable[[Tensor, Tensor], Tensor], Any]:
-    """The network of a folder, and its scheduler if there is one."""
+def _diffusers(folder: Path, bank: Bank) -> tuple[Callable[[Tensor, Tensor], Tensor], Any, str]:
+    """The network of a folder, its scheduler if there is one, and a hash of its weights."""
     try:
         from diffusers import DDPMScheduler, UNet2DModel
     except ImportError as error:
@@ -154,7 +168,9 @@ def _diffusers(folder: Path, bank: Bank) -> tuple[Callable[[Tensor, Tensor], Ten
         config = json.loads((unet / "config.json").read_text())
         if config["_class_name"] != "UNet2DModel":
             raise ValueError(f"a {config['_class_name']}, not a UNet2DModel")
-        model = UNet2DModel.from_pretrained(unet, local_files_only=True).eval().to(bank.device)
+        model: Any = UNet2DModel.from_pretrained(unet, local_files_only=True).eval().to(bank.device)
+        place = next((p for p in (folder / "scheduler", folder) if (p / "scheduler_config.json").is_file()), None)
+        scheduler = None if place is None else DDPMScheduler.from_pretrained(place, local_files_only=True)
     except Exception as error:  # files of others fail in any way
         reason = str(error).split("\n")[0][:160]
         raise GolddiffError(f"{folder} holds no network that can be read ({reason}): give its folder") from error
@@ -166,7 +182,5 @@ def _diffusers(folder: Path, bank: Bank) -> tuple[Callable[[Tensor, Tensor], Ten
         raise GolddiffError(
             f"{folder} is a network for images of {theirs}, the bank has {channels} x {height} x {width}"
         )
-    places = [folder / "scheduler", folder]
-    place = next((p for p in places if (p / "scheduler_config.json").is_file()), None)
-    scheduler = None if place is None else DDPMScheduler.from_pretrained(place, local_files_only=True)
-    return lambda x, t: model(x, t).sample, scheduler
+    files = sorted(path for path in unet.iterdir() if path.suffix in (".safetensors", ".bin"))
+    return lambda x, t: model(x, t).sample, scheduler, " ".join(hash_file(path) for path in files)

@@ -135,7 +135,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 def comparison(name: str) -> dict[str, Any]:
     """The recipe of a comparison: one that comes with golddiff, such as `paper/cifar10`, or a YAML file.
 
-    Its keys are `bank`, `methods`, `seeds`, `steps`, `schedule` and `source`.
+    Its keys are `bank`, `methods`, `seeds`, `steps`, `schedule`, `features` and `source`.
 
     Raises:
         GolddiffError: no such recipe, or one that says something else.
@@ -148,7 +148,7 @@ def comparison(name: str) -> dict[str, Any]:
         said = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise GolddiffError(f"recipe {path} cannot be read ({' '.join(str(error).split())[:120]})") from error
-    keys = ("bank", "methods", "seeds", "steps", "schedule", "source")
+    keys = ("bank", "methods", "seeds", "steps", "schedule", "features", "source")
     if not isinstance(said, dict):
         raise GolddiffError(f"recipe {path} holds no settings: write lines such as 'bank: mnist'")
     for key in said:

@@ -75,6 +75,7 @@ def denoiser(name: str, bank: Bank, **options: Any) -> Denoiser:
         if key not in chosen:
             raise unknown(f"option of {name}", key, chosen)
         chosen[key] = value
+    _refuse_idle(name, chosen)
     for key, choices in CHOICES.items():
         if key in chosen and not (isinstance(chosen[key], str) and chosen[key] in choices):
             raise unknown(key, chosen[key], choices)
@@ -105,6 +106,16 @@ def denoiser(name: str, bank: Bank, **options: Any) -> Denoiser:
     else:
         mask = GivenMask(chosen["mask"], bank.D)
     return MaskedDenoiser(bank, mask, subset, chosen["legacy_batch"], chosen)
+
+
+def _refuse_idle(name: str, chosen: dict[str, Any]) -> None:
+    """Refuses options that would have no effect with the locality that is chosen."""
+    locality = chosen.get("locality", "pca")
+    idle = {"pca": ("window",), "ls": tuple(PCA.keys() - {"legacy_batch"}), "optimal": (*PCA, "window")}
+    for key in idle.get(locality, ()) if name == "golddiff" else ():
+        usual = METHODS[name][key]
+        if chosen[key] is not None if usual is None else chosen[key] != usual:
+            raise GolddiffError(f"{key} has no effect with locality={locality}: leave it out, or change the locality")
 
 
 def _subset(bank: Bank, chosen: dict[str, Any]) -> Subset:

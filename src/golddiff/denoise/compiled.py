@@ -50,7 +50,8 @@ def masked_softmax(bank: Bank, q: Tensor, s: Tensor, rows: Tensor, runs: MaskRun
     reach = scale * float(torch.maximum(bank.centre, 255 - bank.centre).max())
     largest = reach * (reach + 2 * float(np.abs(query).max()))
     unit = 2.0**30 / (max(runs.largest, 1) * max(largest, 1e-30))
-    whole = math.sqrt(runs.largest / 12) / unit / 2 <= RESOLUTION
+    steps_of_int32, steps_of_float32 = 1 / unit / math.sqrt(12), largest * 2.0**-24
+    whole = math.sqrt(runs.largest) * max(steps_of_int32, steps_of_float32) / 2 <= RESOLUTION
     number = np.float32 if whole else np.float64
     arguments = (
         bank.pixels.flatten(1).numpy(),

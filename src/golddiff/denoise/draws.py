@@ -140,11 +140,13 @@ class NeighbourProposals(Denoiser):
         from_near = near.indices[place.clamp(max=len(among) - 1)]
         from_far = far[(uniform[:, 1] * len(far)).long()] if len(far) else from_near
         chosen = torch.where(is_near, from_near, from_far)
-        ratios = torch.where(is_near, 1.0, (logits[chosen] - last).exp())  # e^l / q, in units of the total
+        ratios = torch.where(is_near, 0.0, logits[chosen] - last)  # log of e^l / q, in units of the total
+        peak = ratios.max()
+        ratios = (ratios - peak).exp()
         distinct, which = chosen.unique(return_inverse=True)
         weights = torch.zeros(len(distinct), dtype=torch.float64, device=rows.device).index_add_(0, which, ratios)
         order = rows[distinct].argsort()
-        return rows[distinct][order], weights[order] / weights.sum(), log_total + ratios.mean().log()
+        return rows[distinct][order], weights[order] / weights.sum(), log_total + peak + ratios.mean().log()
 
 
 def generator(seed: int, level: int) -> torch.Generator:

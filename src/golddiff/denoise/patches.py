@@ -23,6 +23,7 @@ from .local import MaskedDenoiser
 __all__ = ["PatchDenoiser"]
 
 NUMBERS_AT_ONCE = 2**24  # logits of a block
+TYPICAL = 2.0  # root mean square of noise, in units of sigma, with some room
 WORST_ROUNDING = 0.02  # of a logit in float32, by a generous bound; float64 is used beyond
 
 
@@ -102,7 +103,8 @@ class _PatchScan:
         self.queries = functional.pad(y, (self.half,) * 4, mode="constant" if borders else "circular")
         size = bank.shape[0] * side**2
         longest = self.scale * math.sqrt(size)
-        error = 16 * torch.finfo(torch.float32).eps * longest * (2 * float(y.abs().max()) * math.sqrt(size) + longest)
+        query = (self.scale + TYPICAL) * math.sqrt(size)
+        error = 16 * torch.finfo(torch.float32).eps * longest * (2 * query + longest)
         self.dtype = x_t.dtype if error < WORST_ROUNDING else torch.float64
 
     def groups(self) -> Iterator[_Group]:

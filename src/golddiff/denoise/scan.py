@@ -142,7 +142,7 @@ class _Bytes(Scan):
 def digits(whole: Tensor) -> Tensor:
     """Whole numbers as four digits from -128 to 127 to the base 256, lowest first, `(..., 4)` int8."""
     lifted = whole.to(torch.int32) + 0x00808080  # each digit but the highest by 128, so that digits are bytes
-    return (lifted ^ 0x00808080).view(torch.int8).unflatten(-1, (-1, 4))
+    return (lifted ^ 0x00808080).contiguous().view(torch.int8).unflatten(-1, (-1, 4))
 
 
 def scan_of(bank: Bank, q: Tensor, s: Tensor) -> Scan:
