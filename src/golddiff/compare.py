@@ -382,12 +382,13 @@ def _plot(results: dict[str, Any], path: Path) -> None:
         return
     figure = Figure(figsize=(5.2 * len(panels), 4), layout="constrained")
     for axes, (title, name, pick) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for key, m in results["methods"].items():
+        for i, (key, m) in enumerate(results["methods"].items()):
             if name in m and not (key == ORACLE and pick):
                 row = m[name][pick] if pick else m[name]
                 values, errors = np.array(row).T
-                axes.plot(results["times"], values, marker="o", markersize=3, label=key)
-                axes.fill_between(results["times"], values - errors, values + errors, alpha=0.2)
+                colour = f"C{i}"  # the same in all panels
+                axes.plot(results["times"], values, "-" if i < 10 else "--", marker="o", ms=3, color=colour, label=key)
+                axes.fill_between(results["times"], values - errors, values + errors, color=colour, alpha=0.2)
         if pick:
             axes.set_ylim(-0.5, 1.02)
         else:
