@@ -24,7 +24,7 @@ __all__ = ["PatchDenoiser"]
 
 NUMBERS_AT_ONCE = 2**24  # logits of a block
 TYPICAL = 2.0  # root mean square of noise, in units of sigma, with some room
-WORST_ROUNDING = 0.02  # of a logit in float32, by a generous bound; float64 is used beyond
+WORST_ROUNDING = 1e-4  # of a logit in float32, by a generous bound; float64 is used beyond
 
 
 @dataclass(frozen=True)
