@@ -113,4 +113,4 @@ class MaskedDenoiser(Denoiser):
 
 def masked_logits(q: Tensor, s: Tensor, v: Tensor, masked: Sums, pixels: Tensor | None = None) -> Tensor:
     """Minus half the masked sums of `(q - s v)^2` of one image: q `(D,)`, s `()`, rows v `(n, D)` -> `(n, pixels)`."""
-    return masked(torch.sub(q, v * s).square_(), pixels).mul(-0.5)
+    return masked(torch.sub(q, v * s).square_(), pixels).mul_(-0.5)
