@@ -146,7 +146,7 @@ class _PatchScan:
             grid = torch.cartesian_prod(rows, torch.tensor(group.centres[0]), torch.tensor(group.centres[1]))
             found.append(grid)
             logits.append(self._logits(patches, candidates).double())
-        return torch.cat(found), torch.cat(logits).softmax(0)
+        return torch.cat(found).to(self.queries.device), torch.cat(logits).softmax(0)
 
     def _blocks(self, group: _Group, queries: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yields rows, the candidates `(n L, C side^2)` that they give, and their centres `(n L, C)`."""
