@@ -10,7 +10,7 @@ import torch
 import golddiff as gd
 from conftest import noisy, outside
 from golddiff.compare import parse_method
-from golddiff.metrics import agreement, copies, distribution, extractor, mean_and_error
+from golddiff.metrics import agreement, copies, distribution, extractor, mean_and_error, reference_features
 from golddiff.training import Training, train_oracle
 from test_cli import call
 
@@ -148,6 +148,56 @@ def test_distribution_metrics():
     )
     with pytest.raises(gd.GolddiffError, match="one extractor"):
         distribution(a, b[:, :2])
+
+
+def test_distribution_metrics_agree_with_other_code():
+    """FID by a matrix root of SciPy, KID by scikit-learn's kernel, the rest by counting."""
+    linalg = pytest.importorskip("scipy.linalg")
+    pairwise = pytest.importorskip("sklearn.metrics.pairwise")
+    random = np.random.default_rng(0)
+    a, b = random.normal(size=(60, 7)) @ random.normal(size=(7, 7)), random.normal(0.3, 1.2, (80, 7))
+    ours = {k: v for k, (v, _) in distribution(torch.from_numpy(a), torch.from_numpy(b)).items()}
+    covariances = np.cov(a.T), np.cov(b.T)
+    root = linalg.sqrtm(covariances[0] @ covariances[1]).real
+    fid = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
+    assert ours["fid"] == pytest.approx(fid, rel=1e-8)
+    within = [pairwise.polynomial_kernel(x, degree=3, gamma=1 / 7, coef0=1) for x in (a, b)]
+    across = pairwise.polynomial_kernel(a, b, degree=3, gamma=1 / 7, coef0=1)
+    kid = sum((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in within) - 2 * across.mean()
+    assert ours["kid"] == pytest.approx(kid, rel=1e-8)
+    inside = [np.sort(pairwise.euclidean_distances(x), 1)[:, 5] for x in (a, b)]  # 0 is the point itself
+    apart = pairwise.euclidean_distances(a, b)
+    assert ours["precision"] == pytest.approx((apart <= inside[1]).any(1).mean())
+    assert ours["recall"] == pytest.approx((apart <= inside[0][:, None]).any(0).mean())
+    assert ours["density"] == pytest.approx((apart <= inside[1]).sum(1).mean() / 5)
+    assert ours["coverage"] == pytest.approx((apart.min(0) <= inside[1]).mean())
+
+
+def test_pictures_of_any_origin_are_evaluated(digits, tmp_path, capsys):
+    pictures = digits.pixels[:40, 0].numpy()
+    np.savez(tmp_path / "pictures.npz", pictures)
+    out = tmp_path / "found.json"
+    command = ["evaluate", str(tmp_path / "pictures.npz"), "--bank", "digits", "--layout", "NHW", "--out", str(out)]
+    code, said, _ = call(capsys, *command)
+    assert code == 0
+    assert "fid" in said
+    found = json.loads(out.read_text())
+    assert found["copies"] == 1
+    assert found["sets"]["precision"][0] == 1
+    np.save(tmp_path / "other.npy", np.zeros((9, 5, 5), np.uint8))
+    code, _, error = call(capsys, "evaluate", str(tmp_path / "other.npy"), "--bank", "digits", "--layout", "NHW")
+    assert code == 2
+    assert "same shape" in error
+
+
+def test_features_of_a_network_are_kept_with_the_bank(tmp_path):
+    bank = gd.Bank.build("digits", tmp_path / "bank", limit=50)
+    file = tmp_path / "net.pt"
+    torch.jit.script(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5))).save(str(file))
+    first = reference_features(bank, str(file))
+    assert len(list(tmp_path.glob("bank/derived/features-*"))) == 1
+    assert torch.equal(first, reference_features(gd.Bank.open(tmp_path / "bank"), str(file)))
+    assert torch.equal(first, extractor(str(file), bank)(bank.images(slice(None))))
 
 
 def test_a_row_with_a_twin_is_a_copy():

@@ -3,6 +3,7 @@ import torch
 
 import golddiff as gd
 from conftest import outside
+from golddiff.metrics import copies
 from golddiff.sample import initial_noise
 from test_denoisers import VARIANTS, build
 
@@ -125,3 +126,20 @@ def test_ddim_error_falls_with_the_number_of_steps(toy):
 def test_bad_requests_are_refused(toy, options):
     with pytest.raises(gd.GolddiffError):
         gd.sample(gd.denoiser("optimal", toy), **{"seeds": range(3), **options})
+
+
+def test_sampling_can_start_from_noised_rows(digits):
+    model = gd.denoiser("optimal", digits)
+    steps = list(gd.trajectory(model, [3, 4], start=300, labels=[7, -1]))
+    assert [step.time for step in steps] == [300, 200, 100, 0]
+    alpha, sigma = steps[0].noise.alpha, steps[0].noise.sigma
+    rows = (steps[0].x_t - sigma * initial_noise([3, 4], digits.shape)) / alpha
+    found = copies(rows, digits)
+    assert float(found.d1.max()) < 1e-5  # the first x_t is a row and the noise of the seed
+    assert int(digits.labels[found.row[0]]) == 7
+    alone = next(gd.trajectory(model, [4], start=300))
+    assert torch.equal(alone.x_t[0], steps[0].x_t[1])
+    assert gd.sample(model, [3, 4], start=0, steps=10).shape == (2, 1, 8, 8)
+    for wrong in (-3, float("nan"), "300"):
+        with pytest.raises(gd.GolddiffError, match="start"):
+            gd.sample(model, [0], start=wrong)

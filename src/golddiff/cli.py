@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from .compare import compare
 from .denoise import METHODS
 from .doctor import checks
 from .errors import GolddiffError, unknown
-from .images import open_source
+from .files import replacing
+from .images import Images, open_source
+from .metrics import evaluate
 from .noise import SCHEDULES
 from .oracle import PREDICTIONS, oracle
 from .pictures import grid, save_png, to_uint8
@@ -157,6 +160,7 @@ def bank_verify(path: str) -> None:
     "--sampler", type=_Name("sampler", SAMPLERS), help="How to step; dpm++ needs the extra diffusers.  [default: ddim]"
 )
 @click.option("--label", multiple=True, help="Class, as 3 or cat; of several (3,7), seed s takes number s modulo them.")
+@click.option("--start", type=float, help="Begin at this time, from noised bank images.  [default: pure noise]")
 @click.option("--batch", type=int, default=8, show_default=True, help="Images that go together.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder.  [default: runs/BANK-METHOD]")
@@ -221,7 +225,7 @@ def _override(settings: dict[str, Any], given: dict[str, Any], options: dict[str
     """Puts what the command line says in the place of what a recipe says; another method drops the recipe's options."""
     if given["method"] not in (None, settings.get("method", DEFAULTS["method"])):
         settings.pop("options", None)
-    for key in ("method", "seeds", "steps", "schedule", "sampler"):
+    for key in ("method", "seeds", "steps", "schedule", "sampler", "start"):
         if given[key] is not None:
             settings[key] = given[key]
     if given["label"]:
@@ -245,7 +249,7 @@ def _default_out(named: Any, held: Bank, method: str, chosen: dict[str, Any]) ->
     stored = held.source["name"] if held.source["name"] != "array" else str(held.path)
     name = named if isinstance(named, str) else stored
     usual = {**DEFAULTS, "split": "train"}
-    keys = ("options", "steps", "schedule", "sampler", "labels", *BUILDING)
+    keys = ("options", "steps", "schedule", "sampler", "labels", "start", *BUILDING)
     unusual = {key: chosen[key] for key in keys if chosen.get(key) and chosen[key] != usual.get(key)}
     digest = hashlib.blake2b(json.dumps(unusual, sort_keys=True, default=str).encode(), digest_size=3).hexdigest()
     return Path("runs") / (f"{Path(name).resolve().stem}-{method}" + (f"-{digest}" if unusual else ""))
@@ -316,10 +320,43 @@ def _held_out(source: str, held: Bank, count: int, building: dict[str, Any]) -> 
         images = open_source(source, split="test", limit=count, **options)
     except GolddiffError:
         return None
-    if images.shape != held.shape or images.dtype != held.pixels.numpy().dtype:
-        return None
+    return _in_range_of(held, images) if images.shape == held.shape else None
+
+
+def _in_range_of(held: Bank, images: Images) -> torch.Tensor:
+    """Pictures in [-1, 1], `(n, C, H, W)`; floats as they are."""
     pixels = torch.from_numpy(images.read(0, len(images)).copy())
-    return (pixels.double() * held.scale + held.offset).float()
+    if pixels.is_floating_point():
+        return pixels.float()
+    return (pixels.double() / 127.5 - 1).float()
+
+
+@app.command("evaluate", short_help="Pictures of any origin beside a bank.")
+@click.argument("samples", metavar="SAMPLES")
+@click.option("--bank", "source", metavar="BANK", required=True, help="A bank, or anything that makes one.")
+@click.option("--features", default="pca", show_default=True, help="pixels, pca, or a TorchScript file.")
+@click.option("--layout", type=_Name("layout", ("NHWC", "NCHW", "NHW")), help="Axes of an array, if unclear.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also write the numbers here, as JSON.")
+def evaluate_command(samples: str, source: str, features: str, layout: str | None, out: Path | None) -> None:
+    """Compare SAMPLES with BANK: FID, KID, precision, recall, density, coverage, and copies of bank images.
+
+    SAMPLES is anything that `bank build` reads: a folder of pictures, an .npz or .npy file, a zip. Each number comes
+    with its standard error over blocks of images.
+    """
+    held = open_bank(source)
+    images = open_source(samples, layout=layout)
+    found = evaluate(_in_range_of(held, images), held, features)
+    if out:
+        with replacing(out) as part:
+            part.write_text(json.dumps(found, indent=1) + "\n")
+    click.echo(f"images         {found['images']}, beside {len(held)} of the bank, features {features}")
+    for name, (value, error) in found.get("sets", {}).items():
+        click.echo(f"{name:14} {value:.4g}" + (f" ± {error:.2g}" if math.isfinite(error) else ""))
+    click.echo(
+        "d1             {:.4f} ± {:.4f}  root mean square distance to the nearest bank image".format(*found["d1"])
+    )
+    click.echo("d1/d2          {:.3f} ± {:.3f}".format(*found["ratio_d1_d2"]))
+    click.echo(f"copies         {found['copies']:.0%}")
 
 
 @app.command("calibrate", short_help="Windows of LS and its relatives, by a network.")

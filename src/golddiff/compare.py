@@ -22,7 +22,7 @@ from .bank import Bank
 from .denoise import Denoiser, denoiser
 from .errors import GolddiffError
 from .files import replacing
-from .metrics import FEWEST, agreement, copies, distribution, extractor, mean_and_error
+from .metrics import agreement, evaluate, mean_and_error, reference_features
 from .noise import schedule_named
 from .oracle import Oracle
 from .pictures import grid, save_png, to_uint8
@@ -35,7 +35,6 @@ __all__ = ["Method", "compare", "parse_method"]
 SETTINGS, ORACLE = "compare.json", "oracle"
 HELD_OUT_SEED = 2**40  # far from the seeds of samples
 IN_GRID = 12
-REFERENCES, NUMBERS = 10_000, 2**25  # rows of the bank that sets of images are compared with, and their pixels
 
 
 @dataclass(frozen=True)
@@ -104,10 +103,7 @@ def compare(
         raise GolddiffError(f"batch is {batch!r}: give a whole number of at least 1")
     if len(bank) < 2:
         raise GolddiffError("a bank of one image has nothing to compare: give a larger bank")
-    extract = extractor(features, bank)
-    count = max(2, min(len(bank), REFERENCES, NUMBERS // bank.D))
-    rows = torch.linspace(0, len(bank) - 1, count).long()
-    reference = extract(bank.images(rows.to(bank.device)).cpu())
+    reference_features(bank, features)  # a wrong extractor is refused before the work
     levels = schedule_named(schedule).levels(steps)
     settings = {
         "bank": bank.fingerprint,
@@ -137,7 +133,7 @@ def compare(
     results = {
         "settings": settings,
         "times": [t for t, _ in levels],
-        "methods": {key: _summary(arrays, guide, bank, extract, reference) for key, arrays in kept.items()},
+        "methods": {key: _summary(arrays, guide, bank, features) for key, arrays in kept.items()},
     }
     folder.write(results, kept, guide)
     return results
@@ -285,22 +281,16 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _summary(
-    arrays: dict[str, np.ndarray], guide: dict[str, np.ndarray] | None, bank: Bank, extract: Any, reference: Tensor
+    arrays: dict[str, np.ndarray], guide: dict[str, np.ndarray] | None, bank: Bank, features: str
 ) -> dict[str, Any]:
     """Means and standard errors of one method."""
     means = torch.from_numpy(arrays["means"])
-    found = copies(means[:, -1], bank)
     out: dict[str, Any] = {
-        "images": len(means),
+        **evaluate(means[:, -1], bank, features),
         "seconds": float(arrays["seconds"].mean()),
         "seconds_per_step": arrays["seconds"].tolist(),
         "memory_bytes": float(arrays["memory"]),
-        "d1": mean_and_error(found.d1),
-        "ratio_d1_d2": mean_and_error(found.d1 / found.d2.clamp(min=1e-12)),
-        "copies": found.share,
     }
-    if min(len(means), len(reference)) >= FEWEST:
-        out["sets"] = distribution(extract(means[:, -1]), reference)
     if guide is not None:
         network = torch.from_numpy(guide["means"][: len(means)])
         for name, ours in (("own", means), ("single", torch.from_numpy(arrays.get("single", arrays["means"])))):

@@ -13,17 +13,29 @@ from torch import Tensor
 
 from .bank import Bank
 from .errors import GolddiffError
+from .files import hash_file
 from .golden import nearest_rows
 from .noise import Noise
 from .spectrum import LARGEST_EIGENBASIS
 
-__all__ = ["Agreement", "Copies", "agreement", "copies", "distribution", "extractor", "mean_and_error"]
+__all__ = [
+    "Agreement",
+    "Copies",
+    "agreement",
+    "copies",
+    "distribution",
+    "evaluate",
+    "extractor",
+    "mean_and_error",
+    "reference_features",
+]
 
 COPY = 1 / 3  # d1 / d2 under which an image counts as a copy
 SAME = 1 / 255
 COMPONENTS = 64
 NEIGHBOURS = 5
 FEWEST = NEIGHBOURS + 1  # images of a set
+REFERENCES, NUMBERS = 10_000, 2**25  # rows of the bank that sets of images are compared with, and their pixels
 
 
 @dataclass(frozen=True)
@@ -132,6 +144,38 @@ def extractor(name: str, bank: Bank) -> Extractor:
         return out
 
     return features
+
+
+def reference_features(bank: Bank, name: str) -> Tensor:
+    """Features `(n, F)` float64 of up to 10,000 rows, evenly spaced; those of a network are kept with the bank."""
+    extract = extractor(name, bank)
+    count = max(2, min(len(bank), REFERENCES, NUMBERS // bank.D))
+    rows = torch.linspace(0, len(bank) - 1, count).long().to(bank.device)
+
+    def compute() -> dict[str, Tensor]:
+        parts = [extract(bank.images(part).cpu()) for part in rows.split(256)]
+        return {"features": torch.cat(parts)}
+
+    if name in ("pixels", "pca"):
+        return compute()["features"]
+    return bank.keep(f"features-{hash_file(Path(name))}", compute, remember=False)["features"]
+
+
+def evaluate(images: Tensor, bank: Bank, features: str = "pca") -> dict[str, Any]:
+    """What is known of images of any origin `(n, C, H, W)` in [-1, 1] beside a bank: `distribution` of their features
+    (from 6 images on), mean d1 and `d1 / d2` with standard errors, and the share of copies."""
+    if tuple(images.shape[1:]) != bank.shape:
+        raise GolddiffError(f"images of {tuple(images.shape[1:])} beside a bank of {bank.shape}: give the same shape")
+    found = copies(images, bank)
+    out: dict[str, Any] = {
+        "images": len(images),
+        "d1": mean_and_error(found.d1),
+        "ratio_d1_d2": mean_and_error(found.d1 / found.d2.clamp(min=1e-12)),
+        "copies": found.share,
+    }
+    if min(len(images), len(bank)) >= FEWEST:
+        out["sets"] = distribution(extractor(features, bank)(images), reference_features(bank, features))
+    return out
 
 
 def distribution(features: Tensor, reference: Tensor, blocks: int = 4) -> dict[str, tuple[float, float]]:

@@ -16,7 +16,7 @@ from .errors import GolddiffError, unknown
 from .files import replacing
 from .images import NO_LABEL
 from .noise import SCHEDULES
-from .sample import SAMPLERS, sampler_named
+from .sample import SAMPLERS, levels_from, sampler_named
 
 __all__ = ["DEFAULTS", "Recipe", "comparison", "parse_options", "parse_seeds", "read_settings"]
 
@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "schedule": "ddpm",
     "sampler": "ddim",
     "labels": [],
+    "start": None,
 }
 """What a run is where neither the command line nor a recipe says otherwise."""
 
@@ -45,6 +46,7 @@ class Recipe:
         seeds: of the run.
         steps, schedule, sampler: of sampling.
         labels: the label of seed s is `labels[s % len(labels)]`; empty for none.
+        start: the time that sampling begins from, see `trajectory`; None for pure noise.
         format: version of this file.
     """
 
@@ -56,6 +58,7 @@ class Recipe:
     schedule: str
     sampler: str
     labels: list[int]
+    start: float | None = None
     format: int = FORMAT
 
     @staticmethod
@@ -77,7 +80,8 @@ class Recipe:
         steps = chosen["steps"]
         if not isinstance(steps, int) or isinstance(steps, bool):
             raise GolddiffError(f"steps is {steps!r}: give a whole number")
-        sampler_named(chosen["sampler"]).check(SCHEDULES[chosen["schedule"]]().levels(steps))
+        levels = levels_from(SCHEDULES[chosen["schedule"]](), steps, chosen["start"])
+        sampler_named(chosen["sampler"]).check(levels)
         known_bank = {**bank.source, "path": str(bank.path.resolve()) if bank.path else None}
         recipe = Recipe(
             bank={**known_bank, "fingerprint": bank.fingerprint},
@@ -88,8 +92,14 @@ class Recipe:
             schedule=chosen["schedule"],
             sampler=chosen["sampler"],
             labels=parse_labels(chosen["labels"], bank),
+            start=chosen["start"],
         )
         return recipe, model
+
+    @property
+    def levels(self) -> int:
+        """How many steps there are; fewer than `steps` with a `start`."""
+        return len(levels_from(SCHEDULES[self.schedule](), self.steps, self.start))
 
     def label_of(self, seed: int) -> int:
         """The label of a seed, -1 for none."""
@@ -99,7 +109,7 @@ class Recipe:
         """Whether another recipe (as read from its file) gives a seed the same image."""
 
         def essence(recipe: dict[str, Any]) -> dict[str, Any]:
-            return {**recipe, "seeds": None, "bank": dict(recipe.get("bank") or {}).get("fingerprint")}
+            return {"start": None, **recipe, "seeds": None, "bank": dict(recipe.get("bank") or {}).get("fingerprint")}
 
         return essence(json.loads(json.dumps(asdict(self)))) == essence(settings)
 

@@ -81,11 +81,11 @@ def run(
     folder = _RunFolder(out, save_steps)
     began = time.time()
     whole = folder.claim(recipe, force)
-    meter = _Meter(denoiser.bank, recipe.steps)
+    meter = _Meter(denoiser.bank, recipe.levels)
     batches = [recipe.seeds[i : i + batch] for i in range(0, len(recipe.seeds), batch)]
     todo = [seeds for seeds in batches if not all(map(folder.finished, seeds))]
     try:
-        with tqdm(total=sum(map(len, todo)) * recipe.steps, desc=recipe.method, unit="step", disable=None) as bar:
+        with tqdm(total=sum(map(len, todo)) * recipe.levels, desc=recipe.method, unit="step", disable=None) as bar:
             for seeds in todo:
                 kept = []
                 for step in meter.timed(_trajectory(denoiser, recipe, seeds)):
@@ -111,6 +111,7 @@ def _trajectory(denoiser: Denoiser, recipe: Recipe, seeds: list[int]) -> Any:
         schedule=schedule_named(recipe.schedule),
         sampler=sampler_named(recipe.sampler),
         labels=[recipe.label_of(seed) for seed in seeds],
+        start=recipe.start,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .bank import Bank
 from .denoise import Denoiser, per_image
 from .errors import GolddiffError, unknown
 from .golden import hashed
@@ -27,6 +29,7 @@ __all__ = [
     "Sampler",
     "Step",
     "initial_noise",
+    "levels_from",
     "sample",
     "sampler_named",
     "trajectory",
@@ -230,6 +233,7 @@ def trajectory(
     schedule: Schedule | None = None,
     sampler: Sampler | None = None,
     labels: int | Sequence[int] | Tensor | None = None,
+    start: float | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Step]:
     """Samples a batch, step by step.
@@ -240,6 +244,9 @@ def trajectory(
         steps: number of denoising steps.
         schedule: DDPM-linear if None. sampler: DDIM if None.
         labels: one for all or one for each image; -1 or None for no label.
+        start: a time from which to begin, instead of from pure noise: the first `x_t` is then a row of the bank (of
+            the label), drawn by the seed, with the noise of that level, which is an exact draw of what the bank's own
+            reverse process has there ("Closed-Form Diffusion Models" begins so).
         dtype: float32 or float64.
 
     Yields:
@@ -247,14 +254,55 @@ def trajectory(
     """
     seeds = _checked_seeds(seeds)
     schedule, sampler = (DDPM() if schedule is None else schedule), (DDIM() if sampler is None else sampler)
-    if not isinstance(schedule, Schedule) or not isinstance(sampler, Sampler):
-        raise GolddiffError("schedule and sampler are objects, such as gd.DDPM() and gd.DDIM()")
+    if not isinstance(sampler, Sampler):
+        raise GolddiffError("a sampler is an object, such as gd.DDIM()")
     if dtype not in (torch.float32, torch.float64):
         raise GolddiffError(f"dtype is {dtype}: give torch.float32 or torch.float64")
-    levels = schedule.levels(steps)
+    levels = levels_from(schedule, steps, start)
+    bank, x = denoiser.bank, initial_noise(seeds, denoiser.bank.shape, dtype).to(denoiser.bank.device)
+    if start is None:
+        x = x * schedule.init_noise_sigma
+    else:
+        alpha, sigma = levels[0][1].like(x)
+        each = per_image(NO_LABEL if labels is None else labels, len(seeds), "labels").tolist()
+        rows = torch.stack([_row_of(bank, seed, label) for seed, label in zip(seeds, each, strict=True)])
+        x = alpha * bank.images(rows, dtype) + sigma * x
     sampler.check(levels)
-    x = initial_noise(seeds, denoiser.bank.shape, dtype).to(denoiser.bank.device) * schedule.init_noise_sigma
     return sampler.steps(lambda x_t, noise: denoiser(x_t, noise, labels, seed=seeds), x, levels, seeds)
+
+
+def levels_from(schedule: Schedule, steps: int, start: float | None = None) -> list[tuple[float, Noise]]:
+    """The levels of `steps` steps, or those of them with no more noise than that of time `start`.
+
+    Raises:
+        GolddiffError: there are none.
+    """
+    if not isinstance(schedule, Schedule):
+        raise GolddiffError("a schedule is an object, such as gd.DDPM()")
+    levels = schedule.levels(steps)
+    if start is None:
+        return levels
+    wrong = GolddiffError(
+        f"start is {start!r}: give a time of the schedule, from {levels[0][0]:g} to {levels[-1][0]:g}"
+    )
+    if not isinstance(start, int | float) or isinstance(start, bool) or not math.isfinite(start):
+        raise wrong
+    try:
+        most = float(schedule(start).g)
+    except GolddiffError as error:
+        raise wrong from error
+    left = [(time, noise) for time, noise in levels if float(noise.g) <= most + 1e-9]
+    if not left:
+        raise wrong
+    return left
+
+
+def _row_of(bank: Bank, seed: int, label: int) -> Tensor:
+    """A row for a seed, `()`: the one with the smallest hash of seed and row key."""
+    rows = bank.rows_of(label)
+    keys = bank.keys if rows is None else bank.keys[rows]
+    best = hashed(keys ^ hashed(torch.tensor(seed)).to(keys.device)).argmin()
+    return best if rows is None else rows[best]
 
 
 def sample(
@@ -265,6 +313,7 @@ def sample(
     schedule: Schedule | None = None,
     sampler: Sampler | None = None,
     labels: int | Sequence[int] | Tensor | None = None,
+    start: float | None = None,
     batch: int = 16,
     dtype: torch.dtype = torch.float32,
     progress: bool = False,
@@ -280,9 +329,10 @@ def sample(
         raise GolddiffError(f"batch is {batch!r}: give a whole number of at least 1")
     each = per_image(NO_LABEL if labels is None else labels, len(seeds), "labels").tolist()
     out = []
-    with tqdm(total=len(seeds) * steps, desc="sampling", unit="step", disable=None if progress else True) as bar:
-        for start in range(0, len(seeds), batch):
-            part = slice(start, start + batch)
+    count = len(levels_from(DDPM() if schedule is None else schedule, steps, start))
+    with tqdm(total=len(seeds) * count, desc="sampling", unit="step", disable=None if progress else True) as bar:
+        for first in range(0, len(seeds), batch):
+            part = slice(first, first + batch)
             for step in trajectory(
                 denoiser,
                 seeds[part],
@@ -290,6 +340,7 @@ def sample(
                 schedule=schedule,
                 sampler=sampler,
                 labels=each[part],
+                start=start,
                 dtype=dtype,
             ):
                 bar.update(len(step.x_t))
