@@ -18,6 +18,8 @@ VARIANTS = {
     "pca legacy": ("pca", {"legacy_batch": 7}),
     "golddiff": ("golddiff", {}),
     "golddiff paper": ("golddiff", {"retrieval": "paper"}),
+    "golddiff local": ("golddiff", {"retrieval": "local", "tol": 0.2}),
+    "optimal certified": ("optimal", {"retrieval": "certified", "tol": 1e-9}),
     "golddiff optimal": ("golddiff", {"locality": "optimal", "k_min": 9, "k_max": 15}),
     "optimal paper": ("optimal", {"retrieval": "paper", "k_min": 9, "k_max": 15}),
     "ls": ("ls", {"window": 3}),

@@ -25,6 +25,7 @@ __all__ = [
     "Support",
     "draw",
     "hashed",
+    "lots",
     "nearest_proxies",
     "nearest_rows",
 ]
@@ -46,6 +47,7 @@ class Support:
         tiles: the tile of each pixel, `(D,)`; None where T = 1.
         eligible: how many rows could have been chosen, for each image `(B,)`.
         shared: all images have the same rows.
+        log_missed: a bound of `logsumexp` of the logits of all rows left out, `(B,)`; None where there is none.
     """
 
     rows: Tensor | None
@@ -53,13 +55,35 @@ class Support:
     tiles: Tensor | None
     eligible: Tensor
     shared: bool
+    log_missed: Tensor | None = None
 
-    def rows_of(self, b: int) -> Tensor:
-        """The rows of image b, `(K,)`, without padding."""
+    @property
+    def tiled(self) -> bool:
+        """Rows differ from tile to tile, or some stand for others: `rows_of` alone does not say it all."""
+        return self.tiles is not None or self.log_q is not None
+
+    @property
+    def size(self) -> int:
+        """How many rows an output pixel has at most."""
+        return int(self.eligible.max()) if self.rows is None else self.rows.shape[2]
+
+    def outputs(self, pixels: int) -> list[Tensor]:
+        """The pixels of each tile, of so many in all."""
+        if self.tiles is None:
+            return [torch.arange(pixels, device=self.eligible.device)]
+        return [(self.tiles == tile).nonzero()[:, 0] for tile in range(int(self.tiles.max()) + 1)]
+
+    def rows_of(self, b: int, tile: int = 0) -> Tensor:
+        """The rows of image b (and of one of its tiles), `(K,)`, without padding."""
         if self.rows is None:
             return torch.arange(int(self.eligible[b]), device=self.eligible.device)
-        rows = self.rows[b, 0]
+        rows = self.rows[b, tile]
         return rows[rows != PADDING]
+
+    def log_q_of(self, b: int, tile: int = 0) -> Tensor:
+        """What is added to the logits of `rows_of`, `(K,)`."""
+        rows = self.rows_of(b, tile)
+        return torch.zeros(len(rows), device=rows.device) if self.log_q is None else self.log_q[b, tile, : len(rows)]
 
     def blocks(self, size: int) -> Iterator[tuple[range, Tensor | slice]]:
         """Yields `(images, rows)`: up to `size` rows and the images that they serve."""
@@ -86,11 +110,19 @@ class Support:
             eligible[where] = part.eligible
         if all(part.rows is None for part in parts):
             return Support(None, None, None, eligible, shared=True)
-        lists = {int(i): p.rows_of(j) for p, w in zip(parts, items, strict=True) for j, i in enumerate(w)}
-        rows = torch.full((batch, 1, max(map(len, lists.values()))), PADDING, device=eligible.device)
-        for i, chosen in lists.items():
-            rows[i, 0, : len(chosen)] = chosen
-        return Support(rows, None, None, eligible, shared=False)
+        tiles = next((part.tiles for part in parts if part.tiles is not None), None)
+        count = 1 if tiles is None else int(tiles.max()) + 1
+        width = max(part.size for part in parts)
+        rows = torch.full((batch, count, width), PADDING, device=eligible.device)
+        log_q = torch.zeros(batch, count, width, device=eligible.device)
+        for part, where in zip(parts, items, strict=True):
+            for j, i in enumerate(where.tolist()):
+                for tile in range(count):  # a part without tiles has the same rows in all of them
+                    own = tile if part.tiles is not None else 0
+                    chosen = part.rows_of(j, own)
+                    rows[i, tile, : len(chosen)], log_q[i, tile, : len(chosen)] = chosen, part.log_q_of(j, own)
+        some = any(part.log_q is not None for part in parts)
+        return Support(rows, log_q if some else None, tiles, eligible, shared=False)
 
 
 class Subset(abc.ABC):
@@ -99,12 +131,20 @@ class Subset(abc.ABC):
     by_level: bool
 
     @abc.abstractmethod
-    def select(self, x_t: Tensor, noise: Noise, locality: Locality, eligible: Tensor | None, seed: Tensor) -> Support:
+    def select(
+        self,
+        x_t: Tensor,
+        noise: Noise,
+        locality: Locality,
+        eligible: Tensor | None,
+        seed: Tensor,
+        label: int | None = None,
+    ) -> Support:
         """The support of each image.
 
         Arguments:
             x_t: `(B, C, H, W)`. noise: of all images, or of each.
-            locality: what is compared.
+            locality: what is compared. label: of the images, for localities that depend on it.
             eligible: rows to choose from, `(n,)` ascending; None for all.
             seed: `(B,)` int64, for what is drawn at random.
         """
@@ -118,7 +158,15 @@ class Everything(Subset):
     def __init__(self, bank: Bank) -> None:
         self.bank = bank
 
-    def select(self, x_t: Tensor, noise: Noise, locality: Locality, eligible: Tensor | None, seed: Tensor) -> Support:
+    def select(
+        self,
+        x_t: Tensor,
+        noise: Noise,
+        locality: Locality,
+        eligible: Tensor | None,
+        seed: Tensor,
+        label: int | None = None,
+    ) -> Support:
         count = len(self.bank) if eligible is None else len(eligible)
         rows = None if eligible is None else eligible.expand(len(x_t), 1, -1)
         return Support(rows, None, None, torch.full((len(x_t),), count, device=x_t.device), shared=True)
@@ -192,7 +240,15 @@ class GoldenSubset(Subset):
             raise unknown("retrieval", retrieval, ("reference", "paper"))
         self.bank, self.retrieval, self.budget = bank, retrieval, budget
 
-    def select(self, x_t: Tensor, noise: Noise, locality: Locality, eligible: Tensor | None, seed: Tensor) -> Support:
+    def select(
+        self,
+        x_t: Tensor,
+        noise: Noise,
+        locality: Locality,
+        eligible: Tensor | None,
+        seed: Tensor,
+        label: int | None = None,
+    ) -> Support:
         rows = torch.arange(len(self.bank), device=x_t.device) if eligible is None else eligible
         m, k = self.budget.sizes(noise if noise.alpha.ndim == 0 else noise[0], len(rows))
         q, s = self.bank.query(x_t, noise)
@@ -353,11 +409,16 @@ def draw(keys: Tensor, count: int, seed: int, level: int) -> Tensor:
     """
     if count >= len(keys):
         return torch.arange(len(keys), device=keys.device)
-    salt = hashed(hashed(torch.tensor(seed)) ^ torch.tensor(level))
-    values = hashed(keys ^ salt.to(keys.device))
+    values = lots(keys, seed, level)
     if values.device.type == "cpu":  # NumPy's selection is several times as fast as torch's
         return torch.from_numpy(np.sort(np.argpartition(values.numpy(), count)[:count]))
     return values.topk(count, largest=False, sorted=False).indices.sort().values
+
+
+def lots(keys: Tensor, seed: int, level: int) -> Tensor:
+    """What each row draws, `(n,)` int64 of any value: a hash of seed, noise level and row key."""
+    salt = hashed(hashed(torch.tensor(seed)) ^ torch.tensor(level))
+    return hashed(keys ^ salt.to(keys.device))
 
 
 def _sorted(rows: Tensor) -> Tensor:

@@ -18,18 +18,23 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 
 __all__ = [
+    "CHUNK",
     "LANES",
     "count_runs",
     "distances_in",
     "dots",
+    "drawn",
     "fill_runs",
+    "histograms",
+    "local_scores",
     "masked_softmax_kernel",
     "run_sums",
     "use_threads_of_torch",
 ]
 
 LANES = 64
-GROUP = 2  # blocks of 64 rows that make one partial softmax
+CHUNK = 2 * LANES  # rows of one partial softmax, at least
+GROUP = 4  # images that are scored together
 FAST = {"reassoc", "contract", "nsz"}  # sums may be taken in another order; infinities and NaN keep their meaning
 BYTE = ir.IntType(8)
 
@@ -111,6 +116,44 @@ count_runs = compiled(_count_runs, parallel=True)
 fill_runs = compiled(_fill_runs, parallel=True)
 
 
+def _histograms(scores, tops, widths, bins):
+    """How many scores `(G, n)` lie how far under `tops` `(G,)`, in bins of `1 / widths` `(G,)`, `(G, bins)`."""
+    counts = np.zeros((len(scores), bins), np.int64)
+    for g in prange(len(scores)):
+        row, top, width = scores[g], tops[g], widths[g]
+        found = np.zeros((4, bins), np.int32)  # neighbours that fall into one bin do not wait for each other
+        for i in range(len(row)):
+            found[i & 3, np.int32(min((top - row[i]) * width, np.float32(bins - 1)))] += 1
+        for k in range(bins):
+            counts[g, k] = found[0, k] + found[1, k] + found[2, k] + found[3, k]
+    return counts
+
+
+def _drawn(scores, steepness, cuts, lots, tiles):
+    """Places in each row of scores `(G, n)` with `lot < steepness score + cut`, one row after the other, and where each
+    begins, `(G + 1,)`; lots `(B, n)` of images, which have so many tiles."""
+    begins = np.zeros(len(scores) + 1, np.int64)
+    for g in prange(len(scores)):
+        row, lot, steep, cut, found = scores[g], lots[g // tiles], steepness[g], cuts[g], 0
+        for i in range(len(row)):
+            found += lot[i] < row[i] * steep + cut
+        begins[g + 1] = found
+    for g in range(len(scores)):
+        begins[g + 1] += begins[g]
+    places = np.empty(begins[-1], np.int64)
+    for g in prange(len(scores)):
+        row, lot, steep, cut, j = scores[g], lots[g // tiles], steepness[g], cuts[g], begins[g]
+        for i in range(len(row)):
+            if lot[i] < row[i] * steep + cut:
+                places[j] = i
+                j += 1
+    return places, begins
+
+
+histograms = compiled(_histograms, parallel=True)
+drawn = compiled(_drawn, parallel=True)
+
+
 @intrinsic
 def add_runs(typingctx, sums, prefix, ends, first, last, kind):
     """`sums[w] += prefix[ends[j + 1], w] - prefix[ends[j], w]` over `j = first, first + 2, ... < last`.
@@ -188,6 +231,65 @@ def transpose(typingctx, source, rows, target):
     return types.none(types.intp, types.intp, types.intp), generate
 
 
+@intrinsic
+def add_products(typingctx, sums, values, inputs, squares, linear, stride, count):
+    """`sums[k, w] += v (linear[k stride + j] + squares[j] v)` with `v = values[inputs[j], w]`, over j < count, k < 4.
+
+    Addresses of 4 x 64 float32, of rows of 64 of them, of int32, and of float32; what is read serves four sums, which
+    stay in registers and are added in the order of j.
+    """
+    single, number = ir.FloatType(), ir.IntType(32)
+
+    def generate(context, builder, signature, arguments):
+        lanes = ir.VectorType(single, LANES)
+        address, values, inputs, squares, linear, stride, count = arguments
+        word = count.type
+
+        def at(base: Any, bytes_: Any, kind: Any) -> Any:
+            return builder.inttoptr(builder.add(base, bytes_), kind.as_pointer())
+
+        def spread(base: Any, j: Any) -> Any:
+            factor = builder.load(at(base, builder.shl(j, word(2)), single), align=4)
+            one = builder.insert_element(ir.Constant(lanes, ir.Undefined), factor, number(0))
+            order = ir.Constant(ir.VectorType(number, LANES), [0] * LANES)
+            return builder.shuffle_vector(one, ir.Constant(lanes, ir.Undefined), order)
+
+        def fused(x: Any, y: Any, z: Any) -> Any:
+            return builder.fadd(builder.fmul(x, y, flags=("contract",)), z, flags=("contract",))
+
+        targets = [at(address, word(k * LANES * 4), lanes) for k in range(GROUP)]
+        factors = [builder.add(linear, builder.mul(stride, word(4 * k))) for k in range(GROUP)]
+        starts = [builder.load(target, align=4) for target in targets]
+        before = builder.block
+        head = builder.append_basic_block("head")
+        body = builder.append_basic_block("body")
+        end = builder.append_basic_block("end")
+        builder.branch(head)
+        builder.position_at_end(head)
+        j, own = builder.phi(word), builder.phi(lanes)
+        totals = [builder.phi(lanes) for _ in targets]
+        j.add_incoming(word(0), before)
+        own.add_incoming(ir.Constant(lanes, [single(0.0)] * LANES), before)
+        for total, start in zip(totals, starts, strict=True):
+            total.add_incoming(start, before)
+        builder.cbranch(builder.icmp_signed("<", j, count), body, end)
+        builder.position_at_end(body)
+        place = builder.load(at(inputs, builder.shl(j, word(2)), number), align=4)
+        offset = builder.mul(builder.zext(place, word), word(LANES * 4))
+        value = builder.load(at(values, offset, lanes), align=4)
+        own.add_incoming(fused(builder.fmul(spread(squares, j), value), value, own), body)
+        for total, factor in zip(totals, factors, strict=True):
+            total.add_incoming(fused(spread(factor, j), value, total), body)
+        j.add_incoming(builder.add(j, word(1)), body)
+        builder.branch(head)
+        builder.position_at_end(end)
+        for total, target in zip(totals, targets, strict=True):
+            builder.store(builder.fadd(total, own), target, align=4)
+        return context.get_dummy_value()
+
+    return types.none(*[types.intp] * 7), generate
+
+
 @compiled
 def aligned(count, width):
     """An empty array of `count` rows of 64 numbers of `width` bytes, as bytes, at the beginning of a cache line.
@@ -200,16 +302,59 @@ def aligned(count, width):
     return room[start : start + size].reshape(count, LANES * width)
 
 
+def _local_scores(matrix, centre, rows, inputs, counts, linear, squares, out):
+    """Scores of rows for each image and tile: `out[b, t, i] = sum over j of v (a + c v)`, `v = matrix[i] - centre`.
+
+    Bytes `matrix` `(N, M)`, `rows` `(n,)`; for tile t the first `counts[t]` of `inputs[t]` `(T, U)` int32, with
+    `a = linear[b, t, j]` (B a multiple of 4) and `c = squares[t, j]`. The order of the sums does not depend on the rows
+    or images beside them.
+    """
+    size, count, stride = matrix.shape[1], len(rows), inputs.size
+    for block in prange((count + LANES - 1) // LANES):
+        first = block * LANES
+        here = min(LANES, count - first)
+        bytes_, values = aligned(size, 1), aligned(size, 4).view(np.float32)
+        offsets = np.empty(LANES, np.int64)
+        sums = aligned(GROUP, 4).view(np.float32)
+        for w in range(LANES):
+            offsets[w] = rows[first + min(w, here - 1)] * size
+        for start in range(0, size, LANES):
+            n0 = min(start, size - LANES)
+            transpose(matrix.ctypes.data + n0, offsets.ctypes.data, bytes_.ctypes.data + LANES * n0)
+        for n in range(size):
+            for w in range(LANES):
+                values[n, w] = np.float32(bytes_[n, w]) - centre[n]
+        for t in range(len(counts)):
+            skip = 4 * t * inputs.shape[1]
+            for b in range(0, len(linear), GROUP):
+                sums[:] = 0
+                add_products(
+                    sums.ctypes.data,
+                    values.ctypes.data,
+                    inputs.ctypes.data + skip,
+                    squares.ctypes.data + skip,
+                    linear.ctypes.data + 4 * b * stride + skip,
+                    stride,
+                    counts[t],
+                )
+                for k in range(min(GROUP, len(out) - b)):
+                    for w in range(here):
+                        out[b + k, t, first + w] = sums[k, w]
+
+
+local_scores = compiled(_local_scores, parallel=True)
+
+
 @compiled
 def run_sums(values, tile, start, ends):
-    """Sums of values `(D,)` over the runs of each column, `(D,)` float64."""
-    size = len(values)
-    out = np.zeros(size)
+    """Sums of values `(U,)` over the runs of each column, `(P,)` float64."""
+    size, columns = len(values), start.shape[1] - 1
+    out = np.zeros(columns)
     prefix = np.zeros(tile + 1)
     for t in range(len(start)):
         for n in range(min(tile, size - t * tile)):
             prefix[n + 1] = prefix[n] + values[t * tile + n]
-        for m in range(size):
+        for m in range(columns):
             total = 0.0
             for j in range(start[t, m], start[t, m + 1], 2):
                 total += prefix[ends[j + 1]] - prefix[ends[j]]
@@ -219,63 +364,76 @@ def run_sums(values, tile, start, ends):
 
 @cache
 def masked_softmax_kernel(whole: bool) -> Any:
-    """Partial softmaxes of 128 rows each, with sums as whole numbers (int32) or as float64.
+    """Partial softmaxes of chunks of rows, with sums as whole numbers (int32) or as float64.
 
-    `kernel(pixels, centre, q, s, rows, tile, start, ends, unit)` gives peaks, totals, squares and means, `(chunks, D)`
-    float64 each, of the logits `-sum over runs of d / 2` where `d = s v (s v - 2 q)`, `v = pixels - centre`. `start`
-    `(tiles, D + 1)` says where the runs of each column begin in `ends`, which count from the beginning of the tile.
+    `kernel(pixels, centre, q, s, rows, log_q, chunks, blocks, inputs, outputs, tile, start, ends, units)` gives peaks,
+    totals, squares and means, `(chunks, P)` float64 each, of the logits `log_q - sum over runs of d / 2` where
+    `d = s v (s v - 2 q)`, `v = pixels - centre`. `chunks` `(n, 3)` are an image (of q, s and units) and the begin and
+    end of its rows. Only the pixels `inputs` `(U,)` are summed, which lie in the 64 bytes from each of `blocks`, and
+    only `outputs` `(P,)` are averaged. `start` `(tiles, P + 1)` says where the runs of each column begin in `ends`,
+    which count from the beginning of the tile.
     """
     kept, rounding = (np.int32, True) if whole else (np.float64, False)
-    chunk, width = GROUP * LANES, np.dtype(kept).itemsize
+    width = np.dtype(kept).itemsize
     unused = kept(0)
 
-    def kernel(pixels, centre, q, s, rows, tile, start, ends, unit):
-        size, count = len(q), len(rows)
-        chunks = (count + chunk - 1) // chunk
-        peaks = np.full((chunks, size), -np.inf)
-        totals, squares, means = np.zeros((chunks, size)), np.zeros((chunks, size)), np.zeros((chunks, size))
-        for c in prange(chunks):
+    def kernel(pixels, centre, q, s, rows, log_q, chunks, blocks, inputs, outputs, tile, start, ends, units):
+        size, count, columns = q.shape[1], len(inputs), len(outputs)
+        peaks = np.full((len(chunks), columns), -np.inf)
+        totals, squares = np.zeros((len(chunks), columns)), np.zeros((len(chunks), columns))
+        means = np.zeros((len(chunks), columns))
+        for c in prange(len(chunks)):
+            image, last = chunks[c, 0], chunks[c, 2]
+            scale, unit = s[image], units[image]
+            curve = scale * scale * unit
             bytes_ = aligned(size, 1)
             prefix = aligned(tile + 1, width).view(kept)
-            sums = aligned(size, width).view(kept)
+            sums = aligned(columns, width).view(kept)
             offsets = np.empty(LANES, np.int64)
             logits, powers = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-            exponents = np.empty(LANES, np.int32)
+            exponents, added = np.empty(LANES, np.int32), np.zeros(LANES)
+            running = np.zeros(LANES, kept)
             scales = exponents.view(np.float32)
-            for first in range(c * chunk, min((c + 1) * chunk, count), LANES):
-                here = min(LANES, count - first)
+            for first in range(chunks[c, 1], last, LANES):
+                here = min(LANES, last - first)
+                most = -np.inf
                 for w in range(LANES):
-                    offsets[w] = rows[first + min(w, here - 1)] * size
-                for block in range(0, size, LANES):
-                    n0 = min(block, size - LANES)
+                    place = first + min(w, here - 1)
+                    offsets[w], added[w] = rows[place] * size, log_q[place]
+                    most = max(most, added[w])
+                for n0 in blocks:
                     transpose(pixels.ctypes.data + n0, offsets.ctypes.data, bytes_.ctypes.data + LANES * n0)
                 sums[:] = 0
                 prefix[0] = 0
                 for t in range(len(start)):
                     begin = t * tile
-                    for n in range(min(tile, size - begin)):
-                        twice, middle = 2 * q[begin + n], centre[begin + n]
+                    running[:] = 0
+                    for j in range(min(tile, count - begin)):
+                        n = np.uint64(inputs[begin + j])
+                        slope, middle = -2 * q[image, n] * scale * unit, centre[n]
+                        row, upto = bytes_[n], prefix[np.uint64(j + 1)]
                         for w in range(LANES):
-                            x = s * (np.float32(bytes_[begin + n, w]) - middle)
-                            d = x * (x - twice) * unit
+                            x = np.float32(row[w]) - middle
+                            d = x * (x * curve + slope)
                             if rounding:
-                                prefix[n + 1, w] = prefix[n, w] + np.int32(np.rint(d))
+                                running[w] += np.int32(np.rint(d))
                             else:
-                                prefix[n + 1, w] = prefix[n, w] + d
-                    for m in range(size):
+                                running[w] += d
+                            upto[w] = running[w]
+                    for i in range(columns):
                         add_runs(
-                            sums.ctypes.data + m * LANES * width,
+                            sums.ctypes.data + i * LANES * width,
                             prefix.ctypes.data,
                             ends.ctypes.data,
-                            start[t, m],
-                            start[t, m + 1],
+                            start[t, i],
+                            start[t, i + 1],
                             unused,
                         )
-                for m in range(size):
+                for m in range(columns):
                     best = sums[m, 0]
                     for w in range(LANES):
                         best = min(best, sums[m, w])
-                    peak = -0.5 * np.float64(best) / unit
+                    peak = most - 0.5 * np.float64(best) / unit  # or a little less
                     if peak < peaks[c, m] - 40.0:
                         continue
                     if peak > peaks[c, m]:
@@ -286,7 +444,7 @@ def masked_softmax_kernel(whole: bool) -> Any:
                         peaks[c, m] = peak
                     top = peaks[c, m]
                     for w in range(LANES):
-                        logits[w] = np.float32((-0.5 / unit * sums[m, w] - top) * 1.4426950408889634)
+                        logits[w] = np.float32((added[w] - 0.5 / unit * sums[m, w] - top) * 1.4426950408889634)
                     for w in range(LANES):  # 2^x: the whole part goes to the exponent, the rest through a polynomial
                         x = max(logits[w], np.float32(-126.0))
                         whole_part = np.rint(x)
@@ -301,12 +459,14 @@ def masked_softmax_kernel(whole: bool) -> Any:
                         powers[w] = p * f + np.float32(1.0)
                     for w in range(here, LANES):
                         powers[w] = 0.0
+                    pixel = outputs[m]
+                    middle = centre[pixel]
                     total, square, mean = np.float32(0), np.float32(0), np.float32(0)
                     for w in range(LANES):
                         e = powers[w] * scales[w]
                         total += e
                         square += e * e
-                        mean += e * (np.float32(bytes_[m, w]) - centre[m])
+                        mean += e * (np.float32(bytes_[pixel, w]) - middle)
                     totals[c, m] += total
                     squares[c, m] += square
                     means[c, m] += mean

@@ -21,7 +21,18 @@ from .bank import Bank
 from .errors import GolddiffError, unknown
 from .noise import EDM, Noise
 
-__all__ = ["MASK_RULES", "GivenMask", "Locality", "MaskRuns", "Masked", "PCAMask", "WholeImage", "Window", "Windows"]
+__all__ = [
+    "MASK_RULES",
+    "GivenMask",
+    "Locality",
+    "MaskRuns",
+    "Masked",
+    "PCAMask",
+    "Recent",
+    "WholeImage",
+    "Window",
+    "Windows",
+]
 
 MASK_RULES = ("output", "correlation", "published")
 BYTES_IN_MEMORY = 2**28
@@ -32,7 +43,7 @@ PUBLISHED_WINDOWS = list(zip(EDM().times(18), [32] * 7 + [23, 15, 11, 7, 5] + [3
 """PSPC's crops of 32 x 32 pictures at the 18 levels of EDM."""
 
 
-class _Recent:
+class Recent:
     """What was computed recently, up to a number of bytes."""
 
     def __init__(self) -> None:
@@ -60,25 +71,33 @@ class WholeImage(Locality):
 
 @dataclass(frozen=True, eq=False)
 class MaskRuns:
-    """The columns of a mask as runs of neighbouring pixels, tile by tile of `TILE` pixels.
+    """Columns of a mask as runs of neighbours among the pixels that they see, tile by tile of `TILE` pixels.
 
     Arguments:
-        start: `(tiles, D + 1)` int64: where the entries of each column begin in `ends`.
-        ends: begin and end of each run, one after the other, from the beginning of the tile; int16.
+        inputs: pixels that some column sees, ascending `(U,)`. outputs: pixels of the columns, `(P,)`.
+        blocks: the pixels at which blocks of 64 begin that hold all inputs and outputs.
+        start: `(tiles, P + 1)` int64: where the entries of each column begin in `ends`.
+        ends: begin and end of each run, one after the other, among the inputs of the tile; int16.
         largest: most pixels in a column.
     """
 
+    inputs: np.ndarray
+    outputs: np.ndarray
+    blocks: np.ndarray
     start: np.ndarray
     ends: np.ndarray
     largest: int
 
     @staticmethod
-    def of(mask: Tensor) -> MaskRuns:
-        """The runs of a boolean mask M[n, m], `(D, D)`; needs numba."""
+    def of(mask: Tensor, outputs: Tensor | None = None) -> MaskRuns:
+        """The runs of a boolean mask M[n, m], `(D, D)`, or of some of its columns; needs numba."""
         from . import kernels
 
         kernels.use_threads_of_torch()
-        columns = mask.T.contiguous().numpy()
+        chosen = mask if outputs is None else mask[:, outputs]
+        inputs = torch.arange(len(mask)) if outputs is None else chosen.any(1).nonzero()[:, 0]
+        outputs = torch.arange(len(mask)) if outputs is None else outputs
+        columns = chosen[inputs].T.contiguous().numpy()
         counts = kernels.count_runs(columns, TILE)
         start = np.zeros((len(counts), len(columns) + 1), np.int64)
         done = 0
@@ -89,7 +108,14 @@ class MaskRuns:
             done = row[-1]
         ends = np.empty(done, np.int16)
         kernels.fill_runs(columns, TILE, start, ends)
-        return MaskRuns(start, ends, int(mask.sum(0).max()))
+        last = max(0, len(mask) - kernels.LANES)
+        begins = torch.cat([inputs, outputs]).unique() // kernels.LANES * kernels.LANES
+        blocks = begins.clamp(max=last).unique().numpy()
+        return MaskRuns(inputs.numpy(), outputs.numpy(), blocks, start, ends, int(chosen.sum(0).max()))
+
+    @property
+    def nbytes(self) -> int:
+        return self.start.nbytes + self.ends.nbytes + self.inputs.nbytes
 
 
 class Masked(Locality):
@@ -101,7 +127,7 @@ class Masked(Locality):
     local = True
 
     def __init__(self) -> None:
-        self._recent_runs = _Recent()
+        self._recent_runs = Recent()
 
     @abc.abstractmethod
     def mask(self, noise: Noise, label: int | None = None) -> Tensor:
@@ -116,19 +142,22 @@ class Masked(Locality):
         mask = self.mask(noise, label).to(like.device).to(like.dtype)
         return lambda squares, pixels=None: squares @ (mask if pixels is None else mask[:, pixels])
 
-    def runs(self, noise: Noise, label: int | None = None) -> MaskRuns | None:
-        """The mask as runs, kept for recent noise levels; None for weights. Needs numba."""
+    def runs(self, noise: Noise, label: int | None = None, tiles: Tensor | None = None) -> list[MaskRuns] | None:
+        """The mask as runs, one set for each tile `(D,)` of output pixels, kept for recent noise levels; None for
+        weights. Needs numba."""
 
-        def compute() -> tuple[MaskRuns | None, int]:
+        def compute() -> tuple[list[MaskRuns] | None, int]:
             mask = self.mask(noise, label)
             if mask.dtype != torch.bool:
                 return None, 0
-            runs = MaskRuns.of(mask)
-            return runs, runs.start.nbytes + runs.ends.nbytes
+            members = [None] if tiles is None else [(tiles == t).nonzero()[:, 0] for t in range(int(tiles.max()) + 1)]
+            runs = [MaskRuns.of(mask, outputs) for outputs in members]
+            return runs, sum(part.nbytes for part in runs)
 
-        return self._recent_runs.get((int(noise.angle), self._statistics_of(label)), compute)
+        key = (int(noise.angle), self.statistics_of(label), 0 if tiles is None else int(tiles.max()) + 1)
+        return self._recent_runs.get(key, compute)
 
-    def _statistics_of(self, label: int | None) -> int | None:
+    def statistics_of(self, label: int | None) -> int | None:
         """The class whose statistics make the mask, if any."""
         return None
 
@@ -206,9 +235,9 @@ class Window(Masked):
         plane = (near[0][:, None, :, None] & near[1][None, :, None, :]).reshape(height * width, -1)
         return plane.repeat(channels, channels)
 
-    def runs(self, noise: Noise, label: int | None = None) -> MaskRuns | None:
+    def runs(self, noise: Noise, label: int | None = None, tiles: Tensor | None = None) -> list[MaskRuns] | None:
         # box sums need no mask, so for large images none is made
-        return super().runs(noise, label) if math.prod(self.shape) ** 2 <= LARGEST_MASK else None
+        return super().runs(noise, label, tiles) if math.prod(self.shape) ** 2 <= LARGEST_MASK else None
 
     def sums(self, noise: Noise, label: int | None, like: Tensor) -> Sums:
         channels, height, width = self.shape
@@ -286,13 +315,13 @@ class PCAMask(Masked):
             raise GolddiffError(f"threshold is {threshold!r}: give a number from 0 to 1")
         super().__init__()
         self.bank, self.threshold, self.rule, self.statistics = bank, threshold, rule, statistics
-        self._recent = _Recent()
+        self._recent = Recent()
 
-    def _statistics_of(self, label: int | None) -> int | None:
+    def statistics_of(self, label: int | None) -> int | None:
         return label if self.statistics == "class" else None
 
     def mask(self, noise: Noise, label: int | None = None) -> Tensor:
-        label = self._statistics_of(label)
+        label = self.statistics_of(label)
         what = f"{self.rule} {self.threshold!r} {label} {int(noise.angle)}"
         name = "mask-" + hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
 

@@ -31,6 +31,8 @@ class Posterior:
         ess: effective number of rows `1 / sum w^2`, same shape; None for denoisers without rows.
         support: the rows; None for denoisers without rows.
         x_t: `(B, C, H, W)`. noise: its level, of each image.
+        error_bound: how far the mean may be from that over all rows, root mean square of a pixel, `(B,)` float64; 0 for
+            exact denoisers, None where nothing is guaranteed.
     """
 
     mean: Tensor
@@ -39,7 +41,9 @@ class Posterior:
     support: Support | None
     x_t: Tensor
     noise: Noise
+    error_bound: Tensor | None = None
     _weigh: Weigh | None = None
+    _error: Callable[[int, Tensor | None], Tensor] | None = None
     _keys: Tensor | None = None
 
     def __repr__(self) -> str:
@@ -61,6 +65,21 @@ class Posterior:
         if not 0 <= b < len(self.mean):
             raise GolddiffError(f"image {b} of a batch of {len(self.mean)}: count from 0")
         return self._weigh(b, None if pixels is None else torch.as_tensor(pixels))
+
+    def error(self, b: int, pixels: Tensor | list[int] | None = None) -> Tensor:
+        """An estimate of the standard error of the mean of image b that drawing rows brings, `(pixels,)` float64.
+
+        From the rows that were drawn (`sum (1 - pi) w^2 (x - mean)^2`): it knows nothing of rows of weight that the
+        proxy took for light, so at low noise it is too small. 0 where nothing was drawn.
+
+        Arguments:
+            b, pixels: as in `weights`.
+        """
+        if self._error is None:
+            raise GolddiffError("this denoiser draws no rows, so it has no such error: use retrieval=local")
+        if not 0 <= b < len(self.mean):
+            raise GolddiffError(f"image {b} of a batch of {len(self.mean)}: count from 0")
+        return self._error(b, None if pixels is None else torch.as_tensor(pixels))
 
     def score(self) -> Tensor:
         """`(alpha mean - x_t) / sigma^2`, the gradient of the log-density at `x_t`, `(B, C, H, W)`."""
@@ -114,6 +133,11 @@ class Posterior:
         def joined(tensors: list[Tensor]) -> Tensor:
             return torch.cat(tensors)[order.to(x_t.device)]
 
+        def error(b: int, pixels: Tensor | None) -> Tensor:
+            part, local = home[b]
+            return parts[part].error(local, pixels)
+
+        bounds = [p.error_bound for p in parts if p.error_bound is not None]
         supports = [p.support for p in parts if p.support is not None]
         ess = [p.ess for p in parts if p.ess is not None]
         return Posterior(
@@ -123,7 +147,9 @@ class Posterior:
             support=Support.merge(supports, items) if supports else None,
             x_t=x_t,
             noise=noise,
+            error_bound=joined(bounds) if len(bounds) == len(parts) else None,
             _weigh=weigh if parts[0]._weigh else None,
+            _error=error if parts[0]._error else None,
             _keys=parts[0]._keys,
         )
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..bank import Bank
+from ..certified import CertifiedSubset
 from ..errors import GolddiffError, unknown
 from ..golden import Budget, Everything, GoldenSubset, Subset
+from ..importance import LocalSubset
 from ..locality import GivenMask, Masked, PCAMask, Window, Windows
 from .base import Denoiser, per_image
 from .crops import CropDenoiser
@@ -18,7 +20,15 @@ from .wiener import Wiener
 
 __all__ = ["METHODS", "Denoiser", "MaskedDenoiser", "Optimal", "Wiener", "denoiser", "per_image"]
 
-RETRIEVAL = {"retrieval": "full", "k_min": 1 / 20, "k_max": 1 / 10, "m_min": None, "m_max": None}
+RETRIEVAL = {
+    "retrieval": "full",
+    "budget": None,
+    "tol": None,
+    "k_min": 1 / 20,
+    "k_max": 1 / 10,
+    "m_min": None,
+    "m_max": None,
+}
 PCA = {"threshold": 0.02, "mask_rule": "output", "mask": None, "legacy_batch": None, "statistics": "bank"}
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -36,8 +46,11 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Every method with its options and their defaults."""
 
-CHOICES = {
-    "retrieval": ("full", "reference", "paper"),
+TOLERANCE = {"local": 0.01, "certified": 1e-3}
+
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "retrieval": ("full", "reference", "paper", "local", "certified"),
+    "budget": ("paper", "auto", None),
     "statistics": ("bank", "class"),
     "locality": ("pca", "optimal", "ls"),
 }
@@ -52,7 +65,11 @@ def denoiser(name: str, bank: Bank, **options: Any) -> Denoiser:
             `cfdm` (the optimal denoiser, smoothed), `nearest`, `knn` (nearest neighbours with random proposals).
         bank: the training images.
         retrieval: `full` (all rows; the default of optimal and pca), `reference` (a random pool, then the
-            nearest; the default of golddiff) or `paper` (the nearest of all).
+            nearest; the default of golddiff), `paper` (the nearest of all), `local` (drawn by importance for each tile
+            of pixels, see `LocalSubset`) or `certified` (whole images, with a bound of the error, see
+            `CertifiedSubset`).
+        budget: `paper`, or `auto`: as many rows as `tol` needs (the default of local and certified).
+        tol: root mean square error of a pixel (range 2) that is aimed at (local, 0.01) or held (certified, 0.001).
         k_min, k_max, m_min, m_max: sizes of golden subset and candidates; rows, or fractions of the eligible
             rows. Defaults 1/20, 1/10, k_max, and all (`reference`) or 1/4 (`paper`).
         threshold, mask_rule: of the PCA mask, see `PCAMask`.
@@ -77,8 +94,8 @@ def denoiser(name: str, bank: Bank, **options: Any) -> Denoiser:
         chosen[key] = value
     _refuse_idle(name, chosen)
     for key, choices in CHOICES.items():
-        if key in chosen and not (isinstance(chosen[key], str) and chosen[key] in choices):
-            raise unknown(key, chosen[key], choices)
+        if key in chosen and not (isinstance(chosen[key], str | None) and chosen[key] in choices):
+            raise unknown(key, chosen[key], [choice for choice in choices if choice])
     if name == "wiener":
         return Wiener(bank, chosen["statistics"], chosen)
     if name == "nearest":
@@ -95,8 +112,9 @@ def denoiser(name: str, bank: Bank, **options: Any) -> Denoiser:
             return CropDenoiser(bank, windows, chosen)
         if name in ("els", "bbels"):
             return PatchDenoiser(bank, windows, name == "bbels", chosen)
-    subset = _subset(bank, chosen)
-    if name == "optimal" or chosen.get("locality") == "optimal":
+    whole = name == "optimal" or chosen.get("locality") == "optimal"
+    subset = _subset(bank, chosen, whole)
+    if whole:
         return Optimal(bank, subset, chosen)
     if windows is not None:
         return MaskedDenoiser(bank, Window(bank.shape, windows), subset, chosen.get("legacy_batch"), chosen)
@@ -118,14 +136,28 @@ def _refuse_idle(name: str, chosen: dict[str, Any]) -> None:
             raise GolddiffError(f"{key} has no effect with locality={locality}: leave it out, or change the locality")
 
 
-def _subset(bank: Bank, chosen: dict[str, Any]) -> Subset:
+def _subset(bank: Bank, chosen: dict[str, Any], whole: bool) -> Subset:
     """The subset, with the defaults that depend on other options filled in."""
-    if chosen["retrieval"] == "full":
+    retrieval = chosen["retrieval"]
+    self_sizing = retrieval in ("local", "certified")
+    chosen["budget"] = chosen["budget"] or ("auto" if self_sizing else "paper")
+    if chosen["tol"] is not None and not (self_sizing and chosen["budget"] == "auto"):
+        raise GolddiffError(f"tol has no effect with retrieval={retrieval}, budget={chosen['budget']}: leave it out")
+    if retrieval == "full":
         return Everything(bank)
+    if self_sizing != (chosen["budget"] == "auto") and retrieval != "local":
+        sized = "auto" if self_sizing else "paper"
+        raise GolddiffError(f"budget={chosen['budget']} does not go with retrieval={retrieval}: use budget={sized}")
+    if self_sizing and whole != (retrieval == "certified"):
+        other = "certified" if whole else "local"
+        raise GolddiffError(f"retrieval={retrieval} does not go with this locality: use retrieval={other}")
+    if self_sizing and chosen["budget"] == "auto":
+        chosen["tol"] = TOLERANCE[retrieval] if chosen["tol"] is None else chosen["tol"]
+        return CertifiedSubset(bank, chosen["tol"]) if whole else LocalSubset(bank, chosen["tol"])
     if chosen["m_min"] is None:
         chosen["m_min"] = chosen["k_max"]
     if chosen["m_max"] is None:
-        share = 1.0 if chosen["retrieval"] == "reference" else 0.25
+        share = 0.25 if retrieval == "paper" else 1.0
         chosen["m_max"] = max(share, chosen["m_min"]) if isinstance(chosen["m_min"], float) else share
     budget = Budget(*(chosen[key] for key in ("k_min", "k_max", "m_min", "m_max")))
-    return GoldenSubset(bank, chosen["retrieval"], budget)
+    return LocalSubset(bank, budget=budget) if retrieval == "local" else GoldenSubset(bank, retrieval, budget)

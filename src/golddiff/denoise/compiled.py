@@ -13,18 +13,20 @@ cancellation. Softmax and weighted mean follow while the sums are at hand: no ar
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..bank import Bank
+from ..golden import Support
 from ..locality import TILE, MaskRuns
 
 __all__ = ["masked_softmax", "usable"]
 
-BLOCK = 2**14  # rows whose partial results are held at once
+AT_ONCE = 2**26  # rows times pixels whose partial results are held at once
+LONGEST, NUMBERS = 1024, 2**17  # rows of a chunk, and rows times pixels
 SMALLEST = 64  # pixels that are transposed at once
 WORTH = 2e9  # flops of the plain product from which compiling pays
 RESOLUTION = 3e-4  # largest standard error of a logit from whole-number sums
@@ -35,41 +37,114 @@ def usable(bank: Bank, x_t: Tensor, rows: int) -> bool:
     return bank.compiled and x_t.dtype == torch.float32 and bank.D >= SMALLEST and 2 * rows * bank.D**2 >= WORTH
 
 
-def masked_softmax(bank: Bank, q: Tensor, s: Tensor, rows: Tensor, runs: MaskRuns) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax-weighted mean of the centred rows, log of the total, and ess, `(D,)` float64 each, for one image.
+def masked_softmax(
+    bank: Bank, q: Tensor, s: Tensor, support: Support, runs: list[MaskRuns]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax-weighted mean of the centred rows, log of the total, and ess, `(B, D)` float64 each.
 
     Arguments:
-        q: `(D,)` float64. s: `()` float64. rows: `(k,)`.
-        runs: of the mask.
+        q: `(B, D)` float64. s: `(B,)` float64.
+        runs: of the mask, for each tile of the support.
     """
     from .. import kernels
 
     kernels.use_threads_of_torch()
-    query, scale = q.numpy(), float(s)
+    out = np.empty((3, *q.shape))
+    for tile, columns in enumerate(runs):
+        units, whole = _units(bank, q, s, columns)
+        for kind in (True, False):
+            images = np.flatnonzero(whole == kind)
+            parts: dict[int, list[tuple[np.ndarray, ...]]] = {b: [] for b in images.tolist()}
+            for rows, log_q, chunks in _work(support, tile, images.tolist(), len(columns.outputs)):
+                for b, part in _summed(bank, q, s, rows, log_q, chunks, columns, units if kind else None):
+                    parts[b].append(part)
+                bank.bytes_read += len(rows) * len(columns.blocks) * kernels.LANES
+            for b, found in parts.items():
+                peak, total, squares, mean = _merged([np.stack(arrays) for arrays in zip(*found, strict=True)])
+                same = kernels.run_sums(q[b].numpy()[columns.inputs] ** 2, TILE, columns.start, columns.ends)
+                out[:, b, columns.outputs] = mean / total, peak + np.log(total) - same / 2, total**2 / squares
+    mean, log_total, ess = torch.from_numpy(out)
+    return mean, log_total, ess
+
+
+def _units(bank: Bank, q: Tensor, s: Tensor, columns: MaskRuns) -> tuple[np.ndarray, np.ndarray]:
+    """For each image, how many whole numbers go to 1 in its sums, and whether their resolution is enough."""
     # the part q^2 is the same for all rows and is added at the end; what is left is small at high noise
-    reach = scale * float(torch.maximum(bank.centre, 255 - bank.centre).max())
-    largest = reach * (reach + 2 * float(np.abs(query).max()))
-    unit = 2.0**30 / (max(runs.largest, 1) * max(largest, 1e-30))
-    steps_of_int32, steps_of_float32 = 1 / unit / math.sqrt(12), largest * 2.0**-24
-    whole = math.sqrt(runs.largest) * max(steps_of_int32, steps_of_float32) / 2 <= RESOLUTION
-    number = np.float32 if whole else np.float64
-    arguments = (
+    reach = s * torch.maximum(bank.centre, 255 - bank.centre).max()
+    largest = reach * (reach + 2 * q.abs().amax(1))
+    units = 2.0**30 / (max(columns.largest, 1) * largest.clamp(min=1e-30))
+    step = torch.maximum(1 / units / math.sqrt(12), largest * 2.0**-24)  # of int32, or of the float32 before it
+    return units.numpy(), (math.sqrt(columns.largest) * step / 2 <= RESOLUTION).numpy()
+
+
+def _work(
+    support: Support, tile: int, images: list[int], pixels: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Rows and `log_q` of a tile, of as many images as go together, and their chunks `(n, 3)`: image, begin, end."""
+    from .. import kernels
+
+    most = max(kernels.CHUNK, AT_ONCE // pixels)
+    chunk = max(kernels.CHUNK, min(LONGEST, NUMBERS // pixels // kernels.LANES * kernels.LANES))
+    rows: list[Tensor] = []
+    log_q: list[Tensor] = []
+    chunks: list[tuple[int, int, int]] = []
+    held = 0
+    for b in images:
+        for part, added in zip(
+            support.rows_of(b, tile).split(most), support.log_q_of(b, tile).split(most), strict=True
+        ):
+            if held and held + len(part) > most:
+                yield torch.cat(rows).numpy(), torch.cat(log_q).numpy(), np.array(chunks)
+                rows, log_q, chunks, held = [], [], [], 0
+            end = held + len(part)
+            chunks += [(b, first, min(first + chunk, end)) for first in range(held, end, chunk)]
+            rows.append(part)
+            log_q.append(added)
+            held = end
+    if held:
+        yield torch.cat(rows).numpy(), torch.cat(log_q).numpy(), np.array(chunks)
+
+
+def _summed(
+    bank: Bank,
+    q: Tensor,
+    s: Tensor,
+    rows: np.ndarray,
+    log_q: np.ndarray,
+    chunks: np.ndarray,
+    columns: MaskRuns,
+    units: np.ndarray | None,
+) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
+    """Each image with peak, total, sum of squares and weighted sum, `(P,)` each, of its rows; in whole numbers if there
+    are units for them."""
+    from .. import kernels
+
+    number = np.float64 if units is None else np.float32
+    chosen = np.ones(len(q)) if units is None else units
+    found = kernels.masked_softmax_kernel(units is not None)(
         bank.pixels.flatten(1).numpy(),
         bank.centre.numpy(),
-        query.astype(number),
-        number(scale),
+        q.numpy().astype(number),
+        s.numpy().astype(number),
+        rows,
+        log_q,
+        chunks,
+        columns.blocks,
+        columns.inputs,
+        columns.outputs,
+        min(TILE, max(len(columns.inputs), 1)),
+        columns.start,
+        columns.ends,
+        chosen.astype(number),
     )
-    kernel, steps = kernels.masked_softmax_kernel(whole), number(unit if whole else 1.0)
-    mask = (min(TILE, bank.D), runs.start, runs.ends)
-    blocks = [_merged(kernel(*arguments, part.numpy(), *mask, steps)) for part in rows.split(BLOCK)]
-    bank.bytes_read += len(rows) * bank.D
-    peak, total, squares, mean = _merged([np.stack(parts) for parts in zip(*blocks, strict=True)])
-    log_total = peak + np.log(total) - kernels.run_sums(query**2, *mask) / 2
-    return torch.from_numpy(mean / total), torch.from_numpy(log_total), torch.from_numpy(total**2 / squares)
+    images = chunks[:, 0]
+    begins = np.flatnonzero(np.r_[True, images[1:] != images[:-1]])
+    for first, last in zip(begins, [*begins[1:], len(images)], strict=True):
+        yield int(images[first]), _merged([array[first:last] for array in found])
 
 
-def _merged(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
-    """One peak, total, sum of squares and weighted sum `(D,)` from those of several sets of rows, `(n, D)` each."""
+def _merged(parts: list[np.ndarray] | tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    """One peak, total, sum of squares and weighted sum `(P,)` from those of several sets of rows, `(n, P)` each."""
     peaks, totals, squares, means = parts
     peak = peaks.max(0)
     shrink = np.exp(peaks - peak)

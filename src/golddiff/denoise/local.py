@@ -10,7 +10,7 @@ from torch import Tensor
 from ..bank import Bank
 from ..errors import GolddiffError
 from ..golden import Everything, Subset, Support
-from ..locality import Masked, MaskRuns, Sums
+from ..locality import Masked, Sums
 from ..noise import Noise
 from ..posterior import Posterior, RunningSoftmax, softmax_of_rows
 from .base import Denoiser
@@ -60,19 +60,24 @@ class MaskedDenoiser(Denoiser):
     def _posterior(
         self, x_t: Tensor, noise: Noise, label: int | None, eligible: Tensor | None, seed: Tensor
     ) -> Posterior:
-        support = self.subset.select(x_t, noise, self.locality, eligible, seed)
+        support = self.subset.select(x_t, noise, self.locality, eligible, seed, label)
         q, s = self.bank.query(x_t, noise)
-        compiled = not self.legacy_batch and usable(self.bank, x_t, len(support.rows_of(0)))
-        runs = self.locality.runs(noise[0], label) if compiled else None
+        compiled = not self.legacy_batch and usable(self.bank, x_t, support.size)
+        runs = self.locality.runs(noise[0], label, support.tiles) if compiled else None
         if runs is not None:
-            mean, log_total, ess = self._compiled(x_t, noise, runs, support)
+            mean, log_total, ess = masked_softmax(self.bank, *self.bank.query(x_t.double(), noise), support, runs)
+        elif support.tiled:
+            mean, log_total, ess = self._tiled(q, s, self.locality.mask(noise[0], label), support)
         else:
             mean, log_total, ess = self._blocked(q, s, self.locality.sums(noise[0], label, x_t), support)
 
         def weigh(b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
-            rows, sums = support.rows_of(b), self.locality.sums(noise[0], label, x_t)
+            masked = self.locality.sums(noise[0], label, x_t)
+            if support.tiled:
+                return self._weights_of_tiles(q[b], s[b], masked, support, b, pixels)
+            rows = support.rows_of(b)
             logits = [
-                masked_logits(q[b], s[b], self.bank.centred(part, x_t.dtype), sums, pixels)
+                masked_logits(q[b], s[b], self.bank.centred(part, x_t.dtype), masked, pixels)
                 for part in rows.split(self.legacy_batch or BLOCK)
             ]
             if self.legacy_batch:
@@ -87,7 +92,20 @@ class MaskedDenoiser(Denoiser):
             x_t=x_t,
             noise=noise,
             _weigh=weigh,
+            _error=lambda b, pixels: self._drawing_error(*weigh(b, pixels), support, b, pixels),
         )
+
+    def _drawing_error(self, rows: Tensor, weights: Tensor, support: Support, b: int, pixels: Tensor | None) -> Tensor:
+        """The standard error of the mean of some pixels, `(pixels,)`, from rows `(K,)` and weights `(K, pixels)`."""
+        wanted = torch.arange(self.bank.D, device=rows.device) if pixels is None else pixels.to(rows.device)
+        tiles = torch.zeros_like(wanted) if support.tiles is None else support.tiles[wanted]
+        v = self.bank.centred(rows, torch.float64)[:, wanted]
+        spread = weights.square() * (v - (weights * v).sum(0)).square()
+        for tile in tiles.unique().tolist():
+            chance = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+            chance[torch.searchsorted(rows, support.rows_of(b, tile))] = (-support.log_q_of(b, tile).double()).exp()
+            spread[:, tiles == tile] *= (1 - chance)[:, None]
+        return spread.sum(0).sqrt() * self.bank.scale
 
     def _blocked(self, q: Tensor, s: Tensor, masked: Sums, support: Support) -> tuple[Tensor, Tensor, Tensor]:
         """Mean of the centred rows, log of the total, and ess, `(B, D)` each, by masked sums of blocks."""
@@ -103,12 +121,41 @@ class MaskedDenoiser(Denoiser):
         ess = torch.stack([len(parts) ** 2 / torch.stack([1 / part.ess for part in parts]).sum(0) for parts in sums])
         return mean, log_total, ess
 
-    def _compiled(self, x_t: Tensor, noise: Noise, runs: MaskRuns, support: Support) -> tuple[Tensor, Tensor, Tensor]:
-        """The same by the compiled kernel."""
-        q, s = self.bank.query(x_t.double(), noise)
-        parts = [masked_softmax(self.bank, q[b], s[b], support.rows_of(b), runs) for b in range(len(q))]
-        mean, log_total, ess = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
+    def _tiled(self, q: Tensor, s: Tensor, mask: Tensor, support: Support) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for supports with rows of their own in each tile, or that stand for others."""
+        out = torch.empty(3, *q.shape, dtype=torch.float64, device=q.device)
+        for tile, outputs in enumerate(support.outputs(self.bank.D)):
+            columns = mask[:, outputs.to(mask.device)]
+            inputs = (columns != 0).any(1).nonzero()[:, 0]
+            columns, inputs = columns[inputs].to(q.device, q.dtype), inputs.to(q.device)
+            for b in range(len(q)):
+                sums = RunningSoftmax()
+                rows, log_q = support.rows_of(b, tile), support.log_q_of(b, tile)
+                for part, added in zip(rows.split(BLOCK), log_q.split(BLOCK), strict=True):
+                    v = self.bank.centred(part, q.dtype)
+                    squares = torch.sub(q[b, inputs], v[:, inputs] * s[b]).square_()
+                    sums.add((squares @ columns).mul_(-0.5).add_(added[:, None]), v[:, outputs])
+                out[0, b, outputs], out[1, b, outputs], out[2, b, outputs] = sums.mean, sums.log_total, sums.ess
+        mean, log_total, ess = out
         return mean, log_total, ess
+
+    def _weights_of_tiles(
+        self, q: Tensor, s: Tensor, masked: Sums, support: Support, b: int, pixels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Rows of some tile, ascending, and their weights at some pixels, 0 where their tile has not got them."""
+        wanted = torch.arange(self.bank.D, device=q.device) if pixels is None else pixels.to(q.device)
+        tiles = torch.zeros_like(wanted) if support.tiles is None else support.tiles[wanted]
+        there = tiles.unique().tolist()
+        rows = torch.cat([support.rows_of(b, tile) for tile in there]).unique()
+        weights = torch.zeros(len(rows), len(wanted), dtype=torch.float64, device=q.device)
+        for tile in there:
+            own, here = support.rows_of(b, tile), (tiles == tile).nonzero()[:, 0]
+            logits = torch.cat(
+                [masked_logits(q, s, self.bank.centred(p, q.dtype), masked, wanted[here]) for p in own.split(BLOCK)]
+            )
+            logits = logits + support.log_q_of(b, tile)[:, None].to(logits.dtype)
+            weights[torch.searchsorted(rows, own)[:, None], here] = softmax_of_rows(logits.T)[0].T
+        return rows, weights
 
 
 def masked_logits(q: Tensor, s: Tensor, v: Tensor, masked: Sums, pixels: Tensor | None = None) -> Tensor:

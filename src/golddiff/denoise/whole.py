@@ -47,7 +47,7 @@ class Optimal(Denoiser):
     def _posterior(
         self, x_t: Tensor, noise: Noise, label: int | None, eligible: Tensor | None, seed: Tensor
     ) -> Posterior:
-        support = self.subset.select(x_t, noise, self.locality, eligible, seed)
+        support = self.subset.select(x_t, noise, self.locality, eligible, seed, label)
         q, s = self.bank.query(x_t, noise)
         if isinstance(self.subset, Everything):
             mean, log_total, ess = self._scan(q, s, eligible)
@@ -66,9 +66,20 @@ class Optimal(Denoiser):
             support=support,
             x_t=x_t,
             noise=noise,
+            error_bound=self._error_bound(mean, log_total, support),
             _weigh=weigh,
             _keys=self.bank.keys,
         )
+
+    def _error_bound(self, mean: Tensor, log_total: Tensor, support: Support) -> Tensor | None:
+        """How far the mean may be from that of all rows, `(B,)`: what is missed, times how far a row may be from it."""
+        if isinstance(self.subset, Everything):
+            return torch.zeros(len(mean), dtype=torch.float64, device=mean.device)
+        if support.log_missed is None:
+            return None
+        share = torch.sigmoid(support.log_missed - log_total)
+        farthest = self.bank.norms.max().sqrt() + mean.double().norm(dim=1)
+        return share * farthest * self.bank.scale / math.sqrt(self.bank.D)
 
     def _measured(self, q: Tensor, s: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean (of the centred rows) `(D,)`, log of the total and ess of one image over some rows, by distances in
