@@ -9,8 +9,8 @@ import golddiff
 
 ORDER = [
     "errors", "files", "images", "noise", "proxy", "spectrum", "prepare", "kernels", "bank", "locality", "golden",
-    "importance", "certified", "posterior", "denoise", "oracle", "metrics", "sample", "calibrate", "training",
-    "pictures", "recipe", "runs", "compare", "doctor", "cli",
+    "importance", "certified", "posterior", "denoise", "oracle", "metrics", "sample", "calibrate", "concentrate",
+    "training", "pictures", "recipe", "runs", "compare", "doctor", "cli",
 ]  # fmt: skip
 FOLDER = Path(golddiff.__file__).parent
 

@@ -13,6 +13,7 @@ follows it from noise to image is a generative model that was never trained.
 from .bank import Bank
 from .calibrate import calibrate
 from .compare import compare
+from .concentrate import concentrate
 from .denoise import Denoiser, denoiser
 from .errors import GolddiffError
 from .images import Images, open_source
@@ -45,6 +46,7 @@ __all__ = [
     "Step",
     "calibrate",
     "compare",
+    "concentrate",
     "denoiser",
     "open_source",
     "oracle",

@@ -17,6 +17,7 @@ from . import __version__
 from .bank import Bank
 from .calibrate import calibrate
 from .compare import compare
+from .concentrate import concentrate
 from .denoise import METHODS
 from .doctor import checks
 from .errors import GolddiffError, unknown
@@ -389,6 +390,30 @@ def calibrate_command(source: str, **given: Any) -> None:
     for time, (rho, side) in zip(found["times"], found["windows"], strict=True):
         click.echo(f"time {time:<8g} sigma/alpha {rho:<10.4g} window {side}")
     click.echo(f"in {given['out']}: give it as window={given['out']}")
+
+
+@app.command("concentrate", short_help="Over how many rows the posterior spreads.")
+@click.argument("source", metavar="BANK")
+@click.option("--images", "count", type=int, default=8, show_default=True, help="Noised images to look at.")
+@click.option("--pixels", type=int, default=16, show_default=True, help="Pixels of each.")
+@click.option("--steps", type=int, default=10, show_default=True, help="Noise levels.")
+@click.option("--schedule", type=_Name("schedule", SCHEDULES), default="ddpm", show_default=True)
+@click.option("--threshold", type=float, default=0.02, show_default=True, help="Of the PCA mask.")
+@click.option("--tol", type=float, default=0.01, show_default=True, help="Of retrieval=local.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: runs/BANK-concentrate]")
+@_source_options
+def concentrate_command(source: str, count: int, out: Path | None, **given: Any) -> None:
+    """Measure how the posterior over BANK concentrates as noise falls, and recommend budgets.
+
+    Test images of a data set that has some are noised at each level; else images of BANK, each left out of its own
+    posterior. Writes table.md, concentrate.json and concentrate.png.
+    """
+    building = {key: given.pop(key) for key in BUILDING}
+    held = open_bank(source, **building)
+    out = out or Path("runs") / f"{Path(source).resolve().stem}-concentrate"
+    concentrate(held, out, images=_held_out(source, held, count, building), count=count, **given)
+    click.echo((out / "table.md").read_text(), nl=False)
+    click.echo(f"\nin {out}: look at {out / 'concentrate.png'}")
 
 
 @app.group("oracle")

@@ -67,11 +67,16 @@ class Support:
         """How many rows an output pixel has at most."""
         return int(self.eligible.max()) if self.rows is None else self.rows.shape[2]
 
+    @property
+    def tile_count(self) -> int:
+        """T."""
+        return 1 if self.tiles is None else int(self.tiles.max()) + 1
+
     def outputs(self, pixels: int) -> list[Tensor]:
         """The pixels of each tile, of so many in all."""
         if self.tiles is None:
             return [torch.arange(pixels, device=self.eligible.device)]
-        return [(self.tiles == tile).nonzero()[:, 0] for tile in range(int(self.tiles.max()) + 1)]
+        return [(self.tiles == tile).nonzero()[:, 0] for tile in range(self.tile_count)]
 
     def rows_of(self, b: int, tile: int = 0) -> Tensor:
         """The rows of image b (and of one of its tiles), `(K,)`, without padding."""

@@ -37,6 +37,7 @@ LOST = 100.0  # of a logit, from which averages hide too much
 BINS, WIDTH = 1024, 16.0  # of a histogram of scores: 64 in all, in steps of 1/16
 FLATTER = 8.0  # how much flatter scores are taken, again and again, until enough rows are within the histogram
 FEWEST = 16  # rows of a tile
+LARGEST = 1e25  # product of a query and a row in a score
 SCORES_AT_ONCE = 2**26
 BLOCK = 2**14
 IMAGES = 4  # that the compiled loop scores together
@@ -86,8 +87,12 @@ class LocalSubset(Subset):
         self._levels = Recent()
         self._coarse: tuple[Tensor, float] | None = None
 
-    def size(self, noise: Noise, level: _Level, count: int) -> int:
-        """How many of `count` rows are wanted for a tile."""
+    def wanted(self, noise: Noise, locality: Masked, label: int | None = None) -> int:
+        """How many rows a tile should get at one noise level; all are taken where that is more than half of them."""
+        rows = self.bank.rows_of(label)
+        return self._wanted(noise, self._level(noise, locality, label), len(self.bank) if rows is None else len(rows))
+
+    def _wanted(self, noise: Noise, level: _Level, count: int) -> int:
         if self.budget is not None:
             return self.budget.sizes(noise, count)[1]
         variance = float(self.bank.spectrum().variances.mean())
@@ -108,7 +113,7 @@ class LocalSubset(Subset):
         rows = torch.arange(len(self.bank), device=x_t.device) if eligible is None else eligible
         count = torch.full((len(x_t),), len(rows), device=x_t.device)
         level = self._level(one, locality, label)
-        wanted = self.size(one, level, len(rows))
+        wanted = self._wanted(one, level, len(rows))
         if 2 * wanted >= len(rows):
             everything = None if eligible is None else eligible.expand(len(x_t), 1, -1)
             return Support(everything, None, None, count, shared=True)
@@ -183,9 +188,11 @@ class LocalSubset(Subset):
         """Logits of rows up to a constant, `(B, T, n)` float32; q `(B, D)` and s `()` float64."""
         matrix, centre, unit = self._view(level.fine)
         query = q if level.fine else self.bank.pooling(q)
-        places = level.inputs.long()
-        linear = (level.weights * query[:, places] * (s * unit)).float()
-        squares = (level.weights * -((s * unit) ** 2) / 2).float()
+        places, step = level.inputs.long(), s * unit
+        # beyond the range of float32 only the order of the rows matters
+        shrink = 1 / torch.maximum(step**2, step * query.abs().max()).div(LARGEST).clamp(min=1)
+        linear = (level.weights * query[:, places] * (step * shrink)).float()
+        squares = (level.weights * -(step**2 * shrink) / 2).float()
         self.bank.bytes_read += len(rows) * matrix.shape[1] * matrix.element_size()
         if self.bank.compiled and matrix.dtype == torch.uint8 and matrix.shape[1] >= 64:
             return self._compiled_scores(matrix, centre, rows, level, linear, squares)

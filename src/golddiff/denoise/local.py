@@ -142,13 +142,12 @@ class MaskedDenoiser(Denoiser):
     def _weights_of_tiles(
         self, q: Tensor, s: Tensor, masked: Sums, support: Support, b: int, pixels: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Rows of some tile, ascending, and their weights at some pixels, 0 where their tile has not got them."""
+        """Rows of any tile, ascending, and their weights at some pixels, 0 where their tile has not got them."""
         wanted = torch.arange(self.bank.D, device=q.device) if pixels is None else pixels.to(q.device)
         tiles = torch.zeros_like(wanted) if support.tiles is None else support.tiles[wanted]
-        there = tiles.unique().tolist()
-        rows = torch.cat([support.rows_of(b, tile) for tile in there]).unique()
+        rows = torch.cat([support.rows_of(b, tile) for tile in range(support.tile_count)]).unique()
         weights = torch.zeros(len(rows), len(wanted), dtype=torch.float64, device=q.device)
-        for tile in there:
+        for tile in tiles.unique().tolist():
             own, here = support.rows_of(b, tile), (tiles == tile).nonzero()[:, 0]
             logits = torch.cat(
                 [masked_logits(q, s, self.bank.centred(p, q.dtype), masked, wanted[here]) for p in own.split(BLOCK)]
