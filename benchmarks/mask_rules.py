@@ -45,7 +45,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=64)
     parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.01, 0.02, 0.03, 0.05])
-    parser.add_argument("--retrieval", default="reference", help="of golddiff; full for all rows")
+    parser.add_argument("--rules", nargs="+", choices=MASK_RULES, default=list(MASK_RULES))
+    parser.add_argument("--retrieval", default="local", help="of golddiff; full for all rows")
     args = parser.parse_args()
     bank = gd.Bank.build(args.bank, progress=True)
     test = gd.Bank.build(args.bank, split="test", limit=args.held_out).images(slice(None))
@@ -64,7 +65,7 @@ def main() -> None:
     print(f"| {args.bank}, {args.seeds} seeds | {' | '.join(f'r2 to {o}' for o in args.oracles)} | held-out error |")
     print("|---" * (len(networks) + 2) + "|")
     linear = row("Wiener (no mask)", gd.denoiser("wiener", bank))
-    for rule in MASK_RULES:
+    for rule in args.rules:
         for threshold in args.thresholds:
             options = {"retrieval": args.retrieval, "threshold": threshold, "mask_rule": rule}
             row(f"{rule} {threshold:g}", gd.denoiser("golddiff", bank, **options))

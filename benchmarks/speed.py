@@ -113,7 +113,8 @@ def product_seconds(a: torch.Tensor, b: torch.Tensor, rounds: int) -> float:
 
 
 def golddiff_rows(bank: gd.Bank, rule: str, batch: int, rounds: int, dense_images: int) -> list[dict]:
-    denoiser = gd.denoiser("golddiff", bank, mask_rule=rule, threshold=THRESHOLDS[rule][bank.shape[0] == 3])
+    options = {"mask_rule": rule, "threshold": THRESHOLDS[rule][bank.shape[0] == 3]}
+    denoiser = gd.denoiser("golddiff", bank, retrieval="reference", **options)
     seeds, out = torch.arange(batch), []
     trajectory = [step.x_t for step in gd.trajectory(denoiser, range(batch))]
     for t, x_t in zip(SCHEDULE.times(10), trajectory, strict=True):
@@ -226,7 +227,7 @@ PARTS = {"draw", "nearest_proxies", "nearest_rows", "select", "masked_softmax", 
 
 def profile(bank: gd.Bank) -> dict[str, float]:
     """Share of the time of ten steps, batch 8, that is spent in some functions and what they call."""
-    denoiser = gd.denoiser("golddiff", bank)
+    denoiser = gd.denoiser("golddiff", bank, retrieval="reference")
     for _ in range(2):  # masks and compiled code first
         profiler = cProfile.Profile()
         profiler.enable()

@@ -112,10 +112,10 @@ def test_windows_as_large_as_the_image_are_the_optimal_denoiser(toy):
 def test_the_golden_subset_plugs_into_ls(toy):
     noise = SCHEDULE(300)
     x_t = noisy(toy, noise)
-    everything = gd.denoiser("golddiff", toy, locality="ls", window=3, k_min=60, k_max=60)
+    everything = gd.denoiser("golddiff", toy, locality="ls", window=3, retrieval="reference", k_min=60, k_max=60)
     exact = gd.denoiser("ls", toy, window=3)(x_t, noise)
     assert torch.allclose(everything(x_t, noise).mean, exact.mean, atol=1e-10)
-    few = gd.denoiser("golddiff", toy, locality="ls", window=3)(x_t, noise)
+    few = gd.denoiser("golddiff", toy, locality="ls", window=3, retrieval="reference")(x_t, noise)
     assert few.support.rows.shape[-1] < 60
 
 

@@ -45,7 +45,7 @@ def test_sample_makes_a_run_folder(tmp_path, capsys, method):
     assert len(metrics["seconds_per_image_and_step"]) == 10
     assert metrics["peak_memory_bytes"] > 1e7
     if method != "wiener":
-        assert recipe["options"]["retrieval"] == ("reference" if method == "golddiff" else "full")
+        assert recipe["options"]["retrieval"] == ("local" if method == "golddiff" else "full")
         assert all(1 <= ess <= 1797 for ess in metrics["effective_support"])
         assert all(n > 0 for n in metrics["bytes_read"])
 
@@ -108,7 +108,7 @@ def test_bank_build_and_info(tmp_path, capsys):
         (["sample", "digits", "--method", "godldiff"], "did you mean 'golddiff'"),
         (["sample", "digits", "--metod", "pca"], "--method"),
         (["sample", "digits", "kmin=3"], "did you mean 'k_min'"),
-        (["sample", "digits", "k_min=300", "k_max=30"], "k_min is 300, more than k_max"),
+        (["sample", "digits", "k_min=300", "k_max=30", "retrieval=paper"], "k_min is 300, more than k_max"),
         (["sample", "digits", "nonsense"], "key=value"),
         (["sample", "digits", "--label", "11"], "no image has label 11: labels here are 0, 1"),
         (["sample", "digits", "--label", "cat"], "no class is called 'cat'"),

@@ -36,7 +36,7 @@ def test_budgets_are_monotone_and_within_bounds(count):
 )  # fmt: skip
 def test_budgets_that_make_no_sense_are_refused(toy, sizes):
     with pytest.raises(gd.GolddiffError):
-        gd.denoiser("golddiff", toy, **sizes)
+        gd.denoiser("golddiff", toy, retrieval="reference", **sizes)
 
 
 @pytest.mark.parametrize("t", [999, 500, 0])
@@ -122,7 +122,7 @@ def test_golden_recall_against_exact_neighbours_at_low_noise(digits):
 
 
 def test_a_class_restricts_pool_and_subset(toy):
-    denoiser = gd.denoiser("golddiff", toy)
+    denoiser = gd.denoiser("golddiff", toy, retrieval="reference")
     noise = SCHEDULE(400)
     support = denoiser(noisy(toy, noise), noise, label=[0, 2, -1]).support
     assert {int(toy.labels[r]) for r in support.rows_of(0)} == {0}

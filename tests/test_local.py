@@ -126,8 +126,8 @@ def test_better_than_the_reference_with_fewer_rows():
         without = gd.Bank.build(bank.pixels[others].numpy(), layout="NCHW")  # held-out images
         exact = gd.denoiser("pca", without)(x_t, noise).mean
         errors, rows = {}, {}
-        for name, options in {"local": {"retrieval": "local", "tol": 0.035}, "reference": {}}.items():
-            found = gd.denoiser("golddiff", without, **options)(x_t, noise, seed=range(10))
+        for name, options in {"local": {"tol": 0.035}, "reference": {}}.items():
+            found = gd.denoiser("golddiff", without, retrieval=name, **options)(x_t, noise, seed=range(10))
             errors[name] = float((found.mean - exact).square().mean())
             rows[name] = int((found.support.rows >= 0).sum()) / found.support.rows[:, :, 0].numel()
         assert rows["local"] < rows["reference"]
@@ -211,8 +211,9 @@ def test_refused():
         ("optimal", {"retrieval": "local"}, "certified"),
         ("golddiff", {"retrieval": "local", "tol": 0}, "tol"),
         ("optimal", {"retrieval": "certified", "tol": "small"}, "tol"),
-        ("golddiff", {"tol": 0.1}, "no effect"),
-        ("golddiff", {"budget": "auto"}, "budget"),
+        ("golddiff", {"tol": 0.1, "retrieval": "paper"}, "no effect"),
+        ("golddiff", {"k_max": 50}, "no effect"),
+        ("golddiff", {"budget": "auto", "retrieval": "reference"}, "budget"),
         ("golddiff", {"budget": "paper", "tol": 0.1, "retrieval": "local"}, "no effect"),
         ("optimal", {"retrieval": "certified", "budget": "paper"}, "budget"),
         ("golddiff", {"budget": "all"}, "auto"),
@@ -228,5 +229,5 @@ def test_refused():
 def test_the_papers_budget_can_be_drawn_too(digits):
     noise = SCHEDULE(500)
     drawn = gd.denoiser("golddiff", digits, retrieval="local", budget="paper")(noisy(digits, noise), noise)
-    wanted = gd.denoiser("golddiff", digits)(noisy(digits, noise), noise).support.size
+    wanted = gd.denoiser("golddiff", digits, retrieval="reference")(noisy(digits, noise), noise).support.size
     assert abs(drawn.support.size - wanted) < 0.4 * wanted

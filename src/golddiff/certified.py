@@ -86,7 +86,7 @@ class CertifiedSubset(Subset):
         nearest = self.bank.distances(q, s, rows[order[:FIRST]])
         certain = float((nearest / -2).logsumexp(0))
         late = (unseen <= certain + math.log(share / max(1 - share, 1e-12))).nonzero()[:, 0]
-        count = max(1, int(late[0])) if len(late) else len(rows)
+        count = max(len(nearest), int(late[0])) if len(late) else len(rows)
         log_missed = float(unseen[count]) if count < len(rows) else -math.inf
         return rows[order[:count]].sort().values, log_missed
 

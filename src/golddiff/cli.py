@@ -398,7 +398,7 @@ def calibrate_command(source: str, **given: Any) -> None:
 @click.option("--pixels", type=int, default=16, show_default=True, help="Pixels of each.")
 @click.option("--steps", type=int, default=10, show_default=True, help="Noise levels.")
 @click.option("--schedule", type=_Name("schedule", SCHEDULES), default="ddpm", show_default=True)
-@click.option("--threshold", type=float, default=0.02, show_default=True, help="Of the PCA mask.")
+@click.option("--threshold", type=float, default=0.05, show_default=True, help="Of the PCA mask.")
 @click.option("--tol", type=float, default=0.01, show_default=True, help="Of retrieval=local.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: runs/BANK-concentrate]")
 @_source_options

@@ -303,12 +303,12 @@ class PCAMask(Masked):
     Masks are computed once for a bank and noise level, and kept with the bank.
 
     Arguments:
-        threshold: at least 0; the paper uses 0.02 to 0.04 with the published rule.
+        threshold: at least 0; the default by comparison (docs/accuracy.md); the paper has 0.02 to 0.04, published.
         rule: `output`, `correlation` or `published`.
         statistics: `bank`, or `class` for the statistics of the label's rows.
     """
 
-    def __init__(self, bank: Bank, threshold: float = 0.02, rule: str = "output", statistics: str = "bank") -> None:
+    def __init__(self, bank: Bank, threshold: float = 0.05, rule: str = "output", statistics: str = "bank") -> None:
         if rule not in MASK_RULES:
             raise unknown("mask_rule", rule, MASK_RULES)
         if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 <= threshold <= 1:

@@ -29,13 +29,13 @@ RETRIEVAL = {
     "m_min": None,
     "m_max": None,
 }
-PCA = {"threshold": 0.02, "mask_rule": "output", "mask": None, "legacy_batch": None, "statistics": "bank"}
+PCA = {"threshold": 0.05, "mask_rule": "output", "mask": None, "legacy_batch": None, "statistics": "bank"}
 
 METHODS: dict[str, dict[str, Any]] = {
     "optimal": {**RETRIEVAL},
     "wiener": {"statistics": "bank"},
     "pca": {**RETRIEVAL, **PCA},
-    "golddiff": {**RETRIEVAL, **PCA, "retrieval": "reference", "locality": "pca", "window": None},
+    "golddiff": {**RETRIEVAL, **PCA, "retrieval": None, "locality": "pca", "window": None},
     "ls": {**RETRIEVAL, "window": None},
     "els": {"window": None},
     "bbels": {"window": None},
@@ -49,7 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
 TOLERANCE = {"local": 0.01, "certified": 1e-3}
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
-    "retrieval": ("full", "reference", "paper", "local", "certified"),
+    "retrieval": ("full", "reference", "paper", "local", "certified", None),
     "budget": ("paper", "auto", None),
     "statistics": ("bank", "class"),
     "locality": ("pca", "optimal", "ls"),
@@ -64,10 +64,10 @@ def denoiser(name: str, bank: Bank, **options: Any) -> Denoiser:
             (PCA-locality over a golden subset), `ls`, `els` and `bbels` (Kamb's machines), `pspc` (overlapping crops),
             `cfdm` (the optimal denoiser, smoothed), `nearest`, `knn` (nearest neighbours with random proposals).
         bank: the training images.
-        retrieval: `full` (all rows; the default of optimal and pca), `reference` (a random pool, then the
-            nearest; the default of golddiff), `paper` (the nearest of all), `local` (drawn by importance for each tile
-            of pixels, see `LocalSubset`) or `certified` (whole images, with a bound of the error, see
-            `CertifiedSubset`).
+        retrieval: `full` (all rows; the default of optimal and pca), `local` (drawn by importance for each tile of
+            pixels, see `LocalSubset`; the default of golddiff), `certified` (whole images, with a bound of the error,
+            see `CertifiedSubset`; that of golddiff with `locality="optimal"`), or the paper's golden subsets:
+            `reference` (a random pool, then the nearest) and `paper` (the nearest of all).
         budget: `paper`, or `auto`: as many rows as `tol` needs (the default of local and certified).
         tol: root mean square error of a pixel (range 2) that is aimed at (local, 0.01) or held (certified, 0.001).
         k_min, k_max, m_min, m_max: sizes of golden subset and candidates; rows, or fractions of the eligible
@@ -138,6 +138,8 @@ def _refuse_idle(name: str, chosen: dict[str, Any]) -> None:
 
 def _subset(bank: Bank, chosen: dict[str, Any], whole: bool) -> Subset:
     """The subset, with the defaults that depend on other options filled in."""
+    if chosen["retrieval"] is None:
+        chosen["retrieval"] = "certified" if whole else "local"
     retrieval = chosen["retrieval"]
     self_sizing = retrieval in ("local", "certified")
     chosen["budget"] = chosen["budget"] or ("auto" if self_sizing else "paper")
@@ -152,6 +154,12 @@ def _subset(bank: Bank, chosen: dict[str, Any], whole: bool) -> Subset:
         other = "certified" if whole else "local"
         raise GolddiffError(f"retrieval={retrieval} does not go with this locality: use retrieval={other}")
     if self_sizing and chosen["budget"] == "auto":
+        for key in ("k_min", "k_max", "m_min", "m_max"):
+            if chosen[key] != RETRIEVAL[key]:
+                raise GolddiffError(
+                    f"{key} has no effect with retrieval={retrieval}, which sizes its subsets by tol: add "
+                    "retrieval=reference or paper, or leave it out"
+                )
         chosen["tol"] = TOLERANCE[retrieval] if chosen["tol"] is None else chosen["tol"]
         return CertifiedSubset(bank, chosen["tol"]) if whole else LocalSubset(bank, chosen["tol"])
     if chosen["m_min"] is None:
