@@ -147,6 +147,6 @@ def test_sums_over_runs_cross_tiles(monkeypatch):
     monkeypatch.setattr(locality, "TILE", 7)
     for mask in masks(60).values():
         if mask is not None:
-            values = np.random.default_rng(0).normal(size=60)
+            values = np.random.default_rng(0).normal(size=(2, 60))
             runs = MaskRuns.of(mask)
             assert np.allclose(run_sums(values, 7, runs.start, runs.ends), values @ mask.double().numpy(), atol=1e-12)

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -82,8 +83,13 @@ class Support:
         """The rows of image b (and of one of its tiles), `(K,)`, without padding."""
         if self.rows is None:
             return torch.arange(int(self.eligible[b]), device=self.eligible.device)
-        rows = self.rows[b, tile]
-        return rows[rows != PADDING]
+        return self.rows[b, tile, : self._counts[b][tile]]
+
+    @cached_property
+    def _counts(self) -> list[list[int]]:
+        """How many rows each image has in each tile."""
+        assert self.rows is not None  # noqa: S101 - asked for only where rows are listed
+        return (self.rows != PADDING).sum(-1).tolist()
 
     def log_q_of(self, b: int, tile: int = 0) -> Tensor:
         """What is added to the logits of `rows_of`, `(K,)`."""

@@ -30,9 +30,9 @@ from .noise import Noise
 
 __all__ = ["LocalSubset"]
 
-TILINGS = ((0.65, 1, 2.0), (0.35, 4, 1.0), (0.0, 8, 1.6))
+TILINGS = ((0.8, 1, 2.5), (0.65, 1, 1.0), (0.35, 4, 1.0), (0.0, 8, 1.4))
 """From such an overlap of the masks of all pixels on: tiles along a side, and rows in units of `variance / tol^2`. More
-where rows cost little, since they are shared by all pixels; and where the noise is low, since scores say less then."""
+at high noise, where they cost little and decide which image comes out; and at low noise, where scores say less."""
 LOST = 100.0  # of a logit, from which averages hide too much
 BINS, WIDTH = 1024, 16.0  # of a histogram of scores: 64 in all, in steps of 1/16
 FLATTER = 8.0  # how much flatter scores are taken, again and again, until enough rows are within the histogram
@@ -234,15 +234,8 @@ class LocalSubset(Subset):
         keys = self.bank.keys[rows]
         chances = torch.stack([_log_uniform(keys, int(one), int(noise.angle)) for one in seed])
         steepness, cuts = _cuts(flat, tops, wanted, self.bank.compiled)
-        places, begins = _taken(flat, steepness, cuts, chances, tiles, self.bank.compiled)
-        count = begins[1:] - begins[:-1]
-        group = torch.repeat_interleave(torch.arange(len(flat), device=flat.device), count)
-        slot = torch.arange(len(places), device=flat.device) - begins[group]
-        chosen = torch.full((len(flat), max(1, int(count.max()))), PADDING, device=flat.device)
-        log_q = torch.zeros(chosen.shape, device=flat.device)
-        chosen[group, slot] = rows[places]
-        log_q[group, slot] = -(flat[group, places] * steepness[group] + cuts[group]).clamp(max=0)
-        for g in (count == 0).nonzero()[:, 0]:  # never, to all intents and purposes
+        chosen, log_q = _taken(flat, steepness, cuts, chances, rows, self.bank.compiled)
+        for g in (chosen[:, 0] == PADDING).nonzero()[:, 0]:  # never, to all intents and purposes
             chosen[g, 0] = rows[flat[g].argmax()]
         return chosen.unflatten(0, (batch, tiles)), log_q.unflatten(0, (batch, tiles))
 
@@ -323,18 +316,25 @@ def _cuts(scores: Tensor, tops: Tensor, wanted: int, compiled: bool) -> tuple[Te
 
 
 def _taken(
-    scores: Tensor, steepness: Tensor, cuts: Tensor, chances: Tensor, tiles: int, compiled: bool
+    scores: Tensor, steepness: Tensor, cuts: Tensor, lots: Tensor, rows: Tensor, compiled: bool
 ) -> tuple[Tensor, Tensor]:
-    """Places in each row of scores `(G, n)` that are taken, one after the other, and where each row begins, `(G + 1,)`.
+    """The rows that are taken by each row of scores `(G, n)`, and their `log_q`, `(G, K)`, padded with -1 and 0.
 
-    `chances` `(B, n)`: of images, each of so many tiles.
+    `lots` `(B, n)`: the logarithms of what the rows have drawn, of images; `rows` `(n,)`.
     """
+    tiles = len(scores) // len(lots)
     if compiled:
         from . import kernels
 
-        arguments = (scores, steepness, cuts, chances)
-        places, begins = kernels.drawn(*(tensor.numpy() for tensor in arguments), tiles)
-        return torch.from_numpy(places), torch.from_numpy(begins)
-    found = chances.repeat_interleave(tiles, 0) < scores * steepness[:, None] + cuts[:, None]
-    begins = torch.cat([found.new_zeros(1, dtype=torch.int64), found.sum(1).cumsum(0)])
-    return found.nonzero()[:, 1], begins
+        numbers = (tensor.numpy() for tensor in (scores, steepness, cuts, lots))
+        chosen, log_q = kernels.drawn(*numbers, tiles, rows.numpy(), PADDING)
+        return torch.from_numpy(chosen), torch.from_numpy(log_q)
+    chances = scores * steepness[:, None] + cuts[:, None]
+    found = lots.repeat_interleave(tiles, 0) < chances
+    places = [row.nonzero()[:, 0] for row in found]
+    width = max(1, *(len(part) for part in places))
+    chosen = torch.full((len(scores), width), PADDING, device=scores.device)
+    log_q = torch.zeros(len(scores), width, device=scores.device)
+    for g, part in enumerate(places):
+        chosen[g, : len(part)], log_q[g, : len(part)] = rows[part], -chances[g, part].clamp(max=0)
+    return chosen, log_q

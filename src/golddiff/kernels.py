@@ -129,25 +129,26 @@ def _histograms(scores, tops, widths, bins):
     return counts
 
 
-def _drawn(scores, steepness, cuts, lots, tiles):
-    """Places in each row of scores `(G, n)` with `lot < steepness score + cut`, one row after the other, and where each
-    begins, `(G + 1,)`; lots `(B, n)` of images, which have so many tiles."""
-    begins = np.zeros(len(scores) + 1, np.int64)
+def _drawn(scores, steepness, cuts, lots, tiles, rows, padding):
+    """Of each row of scores `(G, n)`, `rows` where `lot < chance`, `chance = steepness score + cut`, padded to the same
+    width `(G, K)`, and `-min(chance, 0)` of them; lots `(B, n)` are of images, which have so many tiles."""
+    counts = np.zeros(len(scores), np.int64)
     for g in prange(len(scores)):
         row, lot, steep, cut, found = scores[g], lots[g // tiles], steepness[g], cuts[g], 0
         for i in range(len(row)):
             found += lot[i] < row[i] * steep + cut
-        begins[g + 1] = found
-    for g in range(len(scores)):
-        begins[g + 1] += begins[g]
-    places = np.empty(begins[-1], np.int64)
+        counts[g] = found
+    width = max(np.int64(1), counts.max())
+    chosen, log_q = np.full((len(scores), width), padding), np.zeros((len(scores), width), np.float32)
     for g in prange(len(scores)):
-        row, lot, steep, cut, j = scores[g], lots[g // tiles], steepness[g], cuts[g], begins[g]
+        row, lot, steep, cut, j = scores[g], lots[g // tiles], steepness[g], cuts[g], 0
         for i in range(len(row)):
-            if lot[i] < row[i] * steep + cut:
-                places[j] = i
+            chance = row[i] * steep + cut
+            if lot[i] < chance:
+                chosen[g, j] = rows[i]
+                log_q[g, j] = -min(chance, np.float32(0))
                 j += 1
-    return places, begins
+    return chosen, log_q
 
 
 histograms = compiled(_histograms, parallel=True)
@@ -347,18 +348,19 @@ local_scores = compiled(_local_scores, parallel=True)
 
 @compiled
 def run_sums(values, tile, start, ends):
-    """Sums of values `(U,)` over the runs of each column, `(P,)` float64."""
-    size, columns = len(values), start.shape[1] - 1
-    out = np.zeros(columns)
+    """Sums of values `(B, U)` over the runs of each column, `(B, P)` float64."""
+    size, columns = values.shape[1], start.shape[1] - 1
+    out = np.zeros((len(values), columns))
     prefix = np.zeros(tile + 1)
-    for t in range(len(start)):
-        for n in range(min(tile, size - t * tile)):
-            prefix[n + 1] = prefix[n] + values[t * tile + n]
-        for m in range(columns):
-            total = 0.0
-            for j in range(start[t, m], start[t, m + 1], 2):
-                total += prefix[ends[j + 1]] - prefix[ends[j]]
-            out[m] += total
+    for b in range(len(values)):
+        for t in range(len(start)):
+            for n in range(min(tile, size - t * tile)):
+                prefix[n + 1] = prefix[n] + values[b, t * tile + n]
+            for m in range(columns):
+                total = 0.0
+                for j in range(start[t, m], start[t, m + 1], 2):
+                    total += prefix[ends[j + 1]] - prefix[ends[j]]
+                out[b, m] += total
     return out
 
 

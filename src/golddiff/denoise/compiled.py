@@ -49,32 +49,29 @@ def masked_softmax(
     from .. import kernels
 
     kernels.use_threads_of_torch()
-    out = np.empty((3, *q.shape))
-    for tile, columns in enumerate(runs):
-        units, whole = _units(bank, q, s, columns)
-        for kind in (True, False):
-            images = np.flatnonzero(whole == kind)
-            parts: dict[int, list[tuple[np.ndarray, ...]]] = {b: [] for b in images.tolist()}
-            for rows, log_q, chunks in _work(support, tile, images.tolist(), len(columns.outputs)):
-                for b, part in _summed(bank, q, s, rows, log_q, chunks, columns, units if kind else None):
-                    parts[b].append(part)
-                bank.bytes_read += len(rows) * len(columns.blocks) * kernels.LANES
-            for b, found in parts.items():
-                peak, total, squares, mean = _merged([np.stack(arrays) for arrays in zip(*found, strict=True)])
-                same = kernels.run_sums(q[b].numpy()[columns.inputs] ** 2, TILE, columns.start, columns.ends)
-                out[:, b, columns.outputs] = mean / total, peak + np.log(total) - same / 2, total**2 / squares
-    mean, log_total, ess = torch.from_numpy(out)
-    return mean, log_total, ess
-
-
-def _units(bank: Bank, q: Tensor, s: Tensor, columns: MaskRuns) -> tuple[np.ndarray, np.ndarray]:
-    """For each image, how many whole numbers go to 1 in its sums, and whether their resolution is enough."""
     # the part q^2 is the same for all rows and is added at the end; what is left is small at high noise
     reach = s * torch.maximum(bank.centre, 255 - bank.centre).max()
-    largest = reach * (reach + 2 * q.abs().amax(1))
-    units = 2.0**30 / (max(columns.largest, 1) * largest.clamp(min=1e-30))
-    step = torch.maximum(1 / units / math.sqrt(12), largest * 2.0**-24)  # of int32, or of the float32 before it
-    return units.numpy(), (math.sqrt(columns.largest) * step / 2 <= RESOLUTION).numpy()
+    largest = (reach * (reach + 2 * q.abs().amax(1))).clamp(min=1e-30).numpy()
+    squares = (q**2).numpy()
+    out = np.empty((3, *q.shape))
+    for tile, columns in enumerate(runs):
+        units = 2.0**30 / (max(columns.largest, 1) * largest)
+        step = np.maximum(1 / units / math.sqrt(12), largest * 2.0**-24)  # of int32, or of the float32 before it
+        whole = math.sqrt(columns.largest) * step / 2 <= RESOLUTION
+        for kind in np.unique(whole):
+            images = np.flatnonzero(whole == kind)
+            parts = []
+            for rows, log_q, chunks in _work(support, tile, images.tolist(), len(columns.outputs)):
+                sums = _sums(bank, q, s, rows, log_q, chunks, columns, units if kind else None)
+                parts.append(_merged(chunks[:, 0], *sums))
+                bank.bytes_read += len(rows) * len(columns.blocks) * kernels.LANES
+            _, peak, total, total_of_squares, mean = _merged(*map(np.concatenate, zip(*parts, strict=True)))
+            same = kernels.run_sums(squares[np.ix_(images, columns.inputs)], TILE, columns.start, columns.ends)
+            found = (mean / total, peak + np.log(total) - same / 2, total**2 / total_of_squares)
+            for kept, numbers in zip(out, found, strict=True):
+                kept[np.ix_(images, columns.outputs)] = numbers
+    mean, log_total, ess = torch.from_numpy(out)
+    return mean, log_total, ess
 
 
 def _work(
@@ -105,7 +102,7 @@ def _work(
         yield torch.cat(rows).numpy(), torch.cat(log_q).numpy(), np.array(chunks)
 
 
-def _summed(
+def _sums(
     bank: Bank,
     q: Tensor,
     s: Tensor,
@@ -114,14 +111,13 @@ def _summed(
     chunks: np.ndarray,
     columns: MaskRuns,
     units: np.ndarray | None,
-) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
-    """Each image with peak, total, sum of squares and weighted sum, `(P,)` each, of its rows; in whole numbers if there
-    are units for them."""
+) -> tuple[np.ndarray, ...]:
+    """Peaks, totals, sums of squares and weighted sums of chunks, `(n, P)`; in whole numbers if there are units."""
     from .. import kernels
 
     number = np.float64 if units is None else np.float32
     chosen = np.ones(len(q)) if units is None else units
-    found = kernels.masked_softmax_kernel(units is not None)(
+    return kernels.masked_softmax_kernel(units is not None)(
         bank.pixels.flatten(1).numpy(),
         bank.centre.numpy(),
         q.numpy().astype(number),
@@ -137,15 +133,15 @@ def _summed(
         columns.ends,
         chosen.astype(number),
     )
-    images = chunks[:, 0]
+
+
+def _merged(
+    images: np.ndarray, peaks: np.ndarray, totals: np.ndarray, squares: np.ndarray, means: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """Images without repetition, and one peak, total, sum of squares and weighted sum of each, `(B, P)`, from those of
+    several sets of rows, `(n, P)`; `images` `(n,)` ascend."""
     begins = np.flatnonzero(np.r_[True, images[1:] != images[:-1]])
-    for first, last in zip(begins, [*begins[1:], len(images)], strict=True):
-        yield int(images[first]), _merged([array[first:last] for array in found])
-
-
-def _merged(parts: list[np.ndarray] | tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
-    """One peak, total, sum of squares and weighted sum `(P,)` from those of several sets of rows, `(n, P)` each."""
-    peaks, totals, squares, means = parts
-    peak = peaks.max(0)
-    shrink = np.exp(peaks - peak)
-    return peak, (totals * shrink).sum(0), (squares * shrink**2).sum(0), (means * shrink).sum(0)
+    peak = np.maximum.reduceat(peaks, begins)
+    shrink = np.exp(peaks - peak.repeat(np.diff([*begins, len(images)]), 0))
+    sums = (np.add.reduceat(n, begins) for n in (totals * shrink, squares * shrink**2, means * shrink))
+    return images[begins], peak, *sums

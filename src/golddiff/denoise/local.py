@@ -62,7 +62,8 @@ class MaskedDenoiser(Denoiser):
     ) -> Posterior:
         support = self.subset.select(x_t, noise, self.locality, eligible, seed, label)
         q, s = self.bank.query(x_t, noise)
-        compiled = not self.legacy_batch and usable(self.bank, x_t, support.size)
+        together = len(x_t) if support.tiled else 1
+        compiled = not self.legacy_batch and usable(self.bank, x_t, support.size * together)
         runs = self.locality.runs(noise[0], label, support.tiles) if compiled else None
         if runs is not None:
             mean, log_total, ess = masked_softmax(self.bank, *self.bank.query(x_t.double(), noise), support, runs)
