@@ -9,6 +9,9 @@ from golddiff.denoise import METHODS
 
 CASES = [(name, {}) for name in METHODS] + [
     ("golddiff", {"retrieval": "paper"}),
+    ("golddiff", {"retrieval": "reference"}),
+    ("golddiff", {"retrieval": "local", "tol": 0.06}),
+    ("optimal", {"retrieval": "certified"}),
     ("golddiff", {"locality": "optimal"}),
     ("pca", {"mask_rule": "published", "legacy_batch": 256}),
 ]

@@ -136,7 +136,7 @@ class LocalSubset(Subset):
 
     def _level(self, noise: Noise, locality: Masked, label: int | None) -> _Level:
         def compute() -> tuple[_Level, int]:
-            level = self._computed_level(noise, locality.mask(noise, label))
+            level = self._computed_level(noise, locality.mask(noise, label).cpu())
             return level, level.inputs.nbytes + level.weights.nbytes
 
         return self._levels.get((int(noise.angle), locality.statistics_of(label)), compute)
