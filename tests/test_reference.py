@@ -23,7 +23,7 @@ class GivenRows(Subset):
     def __init__(self, rows):
         self.rows = torch.from_numpy(rows).long()
 
-    def select(self, x_t, noise, locality, eligible, seed):
+    def select(self, x_t, noise, locality, eligible, seed, label=None):
         return Support(self.rows[:, None], None, None, torch.full((len(x_t),), 2000), shared=False)
 
 

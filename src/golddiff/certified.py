@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .bank import Bank
 from .errors import GolddiffError
-from .golden import PADDING, Subset, Support
+from .golden import PADDING, Subset, Support, checked_tol
 from .locality import Locality, WholeImage
 from .noise import Noise
 from .spectrum import LARGEST_EIGENBASIS, Spectrum
@@ -41,9 +41,7 @@ class CertifiedSubset(Subset):
     by_level = True
 
     def __init__(self, bank: Bank, tol: float = 1e-3) -> None:
-        if not isinstance(tol, int | float) or isinstance(tol, bool) or not 0 < tol < 2:
-            raise GolddiffError(f"tol is {tol!r}: give the error of a pixel that is allowed, over 0 and under 2")
-        self.bank, self.tol = bank, float(tol)
+        self.bank, self.tol = bank, checked_tol(tol)
         self._projection: tuple[Tensor | None, Tensor, Tensor, Tensor] | None = None
 
     def select(

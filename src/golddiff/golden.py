@@ -24,6 +24,7 @@ __all__ = [
     "GoldenSubset",
     "Subset",
     "Support",
+    "checked_tol",
     "draw",
     "hashed",
     "lots",
@@ -424,6 +425,13 @@ def draw(keys: Tensor, count: int, seed: int, level: int) -> Tensor:
     if values.device.type == "cpu":  # NumPy's selection is several times as fast as torch's
         return torch.from_numpy(np.sort(np.argpartition(values.numpy(), count)[:count]))
     return values.topk(count, largest=False, sorted=False).indices.sort().values
+
+
+def checked_tol(tol: float) -> float:
+    """The error of a pixel that a subset aims at or holds, if it is a number of the right range."""
+    if not isinstance(tol, int | float) or isinstance(tol, bool) or not 0 < tol < 2:
+        raise GolddiffError(f"tol is {tol!r}: give the error of a pixel that is allowed, over 0 and under 2, as 0.01")
+    return float(tol)
 
 
 def lots(keys: Tensor, seed: int, level: int) -> Tensor:

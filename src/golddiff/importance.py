@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .bank import Bank
 from .errors import GolddiffError
-from .golden import PADDING, Budget, Subset, Support, lots
+from .golden import PADDING, Budget, Subset, Support, checked_tol, lots
 from .locality import Locality, Masked, Recent
 from .noise import Noise
 
@@ -79,11 +79,7 @@ class LocalSubset(Subset):
     by_level = True
 
     def __init__(self, bank: Bank, tol: float = 0.01, budget: Budget | None = None) -> None:
-        if not isinstance(tol, int | float) or isinstance(tol, bool) or not 0 < tol < 2:
-            raise GolddiffError(
-                f"tol is {tol!r}: give the error of a pixel that is allowed, over 0 and under 2, as 0.01"
-            )
-        self.bank, self.tol, self.budget = bank, float(tol), budget
+        self.bank, self.tol, self.budget = bank, checked_tol(tol), budget
         self._levels = Recent()
         self._coarse: tuple[Tensor, float] | None = None
 
