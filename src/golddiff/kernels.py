@@ -7,7 +7,7 @@ itself: the rest is left to its loop vectoriser.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any
 
 import numba
@@ -43,9 +43,28 @@ def compiled(function: Callable[..., Any], **options: Any) -> Any:
     """The function compiled, and kept for other processes where there is a place for it."""
     make = partial(njit, nogil=True, fastmath=FAST, error_model="numpy", **options)
     try:
-        return make(cache=True)(function)
+        built = make(cache=True)(function)
     except RuntimeError:  # nowhere to keep compiled code: compile in every process
-        return make()(function)
+        built = make()(function)
+    return interruptible(built) if options.get("parallel") else built
+
+
+def interruptible(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, out of which Ctrl-C comes as itself: numba makes a SystemError of it."""
+
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except SystemError as error:
+            reason: BaseException | None = error
+            while reason is not None and not isinstance(reason, KeyboardInterrupt):
+                reason = reason.__cause__ or reason.__context__
+            if reason is None:
+                raise
+            raise KeyboardInterrupt from error
+
+    return call
 
 
 def use_threads_of_torch() -> None:
