@@ -160,7 +160,7 @@ def test_float_banks_and_masks_with_weights():
 # ---- certified ---------------------------------------------------------------------------------------
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(
     count=st.integers(1, 80),
     seed=st.integers(0, 10**6),
