@@ -219,6 +219,8 @@ def test_refused():
         ("golddiff", {"budget": "paper", "tol": 0.1, "retrieval": "local"}, "no effect"),
         ("optimal", {"retrieval": "certified", "budget": "paper"}, "budget"),
         ("golddiff", {"budget": "all"}, "auto"),
+        ("pca", {"budget": "auto"}, "budget"),
+        ("golddiff", {"legacy_batch": 9}, "legacy_batch"),
     ):
         with pytest.raises(gd.GolddiffError, match=said):
             gd.denoiser(name, bank, **options)

@@ -145,11 +145,13 @@ def _subset(bank: Bank, chosen: dict[str, Any], whole: bool) -> Subset:
     chosen["budget"] = chosen["budget"] or ("auto" if self_sizing else "paper")
     if chosen["tol"] is not None and not (self_sizing and chosen["budget"] == "auto"):
         raise GolddiffError(f"tol has no effect with retrieval={retrieval}, budget={chosen['budget']}: leave it out")
-    if retrieval == "full":
-        return Everything(bank)
+    if retrieval == "local" and chosen.get("legacy_batch") is not None:
+        raise GolddiffError("legacy_batch does not go with retrieval=local: add retrieval=reference, paper or full")
     if self_sizing != (chosen["budget"] == "auto") and retrieval != "local":
         sized = "auto" if self_sizing else "paper"
         raise GolddiffError(f"budget={chosen['budget']} does not go with retrieval={retrieval}: use budget={sized}")
+    if retrieval == "full":
+        return Everything(bank)
     if self_sizing and whole != (retrieval == "certified"):
         other = "certified" if whole else "local"
         raise GolddiffError(f"retrieval={retrieval} does not go with this locality: use retrieval={other}")
