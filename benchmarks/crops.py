@@ -45,7 +45,7 @@ def crops(count: int, size: int = 64, seed: int = 0, classes: int = 1000) -> Ima
             return np.stack(list(pool.map(crop, range(start, stop))))
 
     labels = np.arange(count) % len(files)
-    ids = [f"{files[label].stem} {i}" for i, label in enumerate(labels)]
+    ids = [f"{files[label].stem} {seed}-{i}" for i, label in enumerate(labels)]
     return Images((3, size, size), np.dtype(np.uint8), labels, ids, read, tuple(file.stem for file in files))
 
 

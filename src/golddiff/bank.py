@@ -7,8 +7,11 @@ import importlib.util
 import json
 import math
 import os
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,10 +24,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import GolddiffError
-from .files import fresh_folder, hash_file, replacing
-from .images import NO_LABEL, open_source
+from .files import growing_folder, hash_file, replacing
+from .images import NO_LABEL, Images, open_source
 from .noise import Noise
-from .prepare import BLOCK, FORMAT, cached_path, described, fill, fingerprint, source_name
+from .prepare import (
+    BLOCK,
+    FORMAT,
+    JOURNAL,
+    Journal,
+    cached_path,
+    described,
+    fill,
+    fingerprint,
+    source_name,
+    stamp,
+)
 from .proxy import Pooling
 from .spectrum import (
     LARGEST_EIGENBASIS,
@@ -171,26 +185,46 @@ class Bank:
             def in_memory(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
                 return arrays.setdefault(name, np.empty(shape, dtype))
 
-            return cls(arrays, fill(images, stated, in_memory, progress))
-        with fresh_folder(out, replace=force or out.exists()) as folder:
+            return cls(arrays, fill(images, stated, in_memory, Journal(None, math.prod(images.shape)), progress))
+        known = stamp(source, options) if from_path or isinstance(source, Images) else secrets.token_hex(4)
+        with growing_folder(out, known, lambda part: (part / JOURNAL).exists()) as folder:
+            if folder is not None:
+                cls._fill_folder(folder, images, stated, progress)
+        bank = cls.open(out)
+        if {key: bank.source.get(key) for key in stated} != stated:
+            raise GolddiffError(f"{out} has meanwhile been built from something else: choose another folder")
+        return bank
 
-            def on_disk(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-                array = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
-                if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a crash later
-                    with (folder / f"{name}.npy").open("r+b") as file:
-                        os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
-                return array
+    @classmethod
+    def _fill_folder(cls, folder: Path, images: Images, stated: dict[str, Any], progress: bool) -> None:
+        """Writes a bank into a folder, or what is missing of it."""
 
-            meta = fill(images, stated, on_disk, progress)
-            meta["hashes"] = {name: hash_file(folder / f"{name}.npy") for name in ARRAYS}
-            meta["checksum"] = _checksum(meta)
-            (folder / META).write_text(json.dumps(meta, indent=1))
-            bank = cls.open(folder)
-            if bank.D <= LARGEST_EIGENBASIS:  # larger: when it is first needed
-                with tqdm(total=1, desc="spectrum", disable=None if progress else True) as bar:
-                    bank.spectrum()
-                    bar.update()
-        return cls.open(out)
+        def on_disk(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+            file = folder / f"{name}.npy"
+            with suppress(OSError, ValueError, EOFError):  # not there, or half made
+                kept: np.ndarray = np.load(file, mmap_mode="r+", allow_pickle=False)
+                if kept.shape == shape and kept.dtype == dtype:
+                    return kept
+            array = np.lib.format.open_memmap(file, "w+", dtype, shape)
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a crash later
+                with file.open("r+b") as opened:
+                    os.posix_fallocate(opened.fileno(), 0, array.offset + array.nbytes)
+            return array
+
+        journal = Journal(folder / JOURNAL, math.prod(images.shape))
+        meta = fill(images, stated, on_disk, journal, progress)
+        with ThreadPoolExecutor() as pool:
+            hashes = pool.map(hash_file, [folder / f"{name}.npy" for name in ARRAYS])
+            meta["hashes"] = dict(zip(ARRAYS, hashes, strict=True))
+        meta["checksum"] = _checksum(meta)
+        (folder / META).write_text(json.dumps(meta, indent=1))
+        bank = cls.open(folder)
+        if bank.D <= LARGEST_EIGENBASIS:  # larger: when it is first needed
+            with tqdm(total=1, desc="spectrum", disable=None if progress else True) as bar:
+                bank.spectrum()
+                bar.update()
+        for name in (JOURNAL, "digests.npy"):  # in this order
+            (folder / name).unlink(missing_ok=True)
 
     @classmethod
     def open(cls, path: str | Path) -> Bank:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import GolddiffError
 
-__all__ = ["cache_folder", "fresh_folder", "hash_file", "replacing"]
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["cache_folder", "growing_folder", "hash_file", "replacing"]
 
 
 def cache_folder() -> Path:
@@ -39,29 +42,61 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def fresh_folder(out: Path, replace: bool) -> Iterator[Path]:
-    """Gives a folder to fill; it becomes `out` at the end.
+def growing_folder(out: Path, stamp: str, worth_keeping: Callable[[Path], bool]) -> Iterator[Path | None]:
+    """Gives a folder to fill, which becomes `out` at the end. It holds what an interrupted call with this stamp left.
+
+    Others that want the same `out` wait until this one is done, and are given None then.
 
     Arguments:
-        out: where it goes; what is there stays until then.
-        replace: take the place of what is there; if False, what has appeared there meanwhile is kept.
+        out: where it goes; what is there stays until then, and is replaced.
+        stamp: of what is made.
+        worth_keeping: whether what is in the folder is kept when filling fails; else it is removed.
     """
+    folder, note = out.with_name(f".{out.name}-part"), "stamp"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        before = out.stat().st_ino if out.exists() else None
+        with _alone(out.with_name(f".{out.name}-lock")):
+            if out.exists() and out.stat().st_ino != before:
+                yield None
+                return
+            if not (folder / note).is_file() or (folder / note).read_text() != stamp:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                (folder / note).write_text(stamp)
+            try:
+                yield folder
+                (folder / note).unlink()
+                _take_place(folder, out)
+            finally:
+                if folder.exists() and not worth_keeping(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        raise GolddiffError(f"{out.parent} cannot be written to ({error.strerror}): choose another folder") from error
+        raise GolddiffError(
+            f"{out} cannot be written ({error.strerror or error}): make room there, or choose another folder"
+        ) from error
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Holds a lock file, which is removed in the end; waits while another process holds it."""
+    if fcntl is None:  # where there are no such locks
+        yield
+        return
+    while True:
+        file = path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            break
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            break  # nobody has removed it meanwhile
+        file.close()
     try:
-        folder.chmod(0o755)
-        yield folder
-        if replace or not out.exists():
-            _take_place(folder, out)
-    except OSError as error:
-        if not replace and out.exists() and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            return
-        raise GolddiffError(f"{out} cannot be written ({error.strerror or error}): make room there") from error
+        yield
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 def _take_place(folder: Path, out: Path) -> None:

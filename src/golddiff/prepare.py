@@ -1,10 +1,14 @@
-"""From images to the arrays of a bank: pixels, keys, proxies; and where the cache keeps them."""
+"""From images to the arrays of a bank: pixels, keys, proxies; and where the cache keeps them.
+
+Work goes block by block and is noted down now and then, so a build that is interrupted goes on where it was.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,18 +18,42 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .files import cache_folder
+from .errors import GolddiffError
+from .files import cache_folder, replacing
 from .images import Images, find_source
 from .proxy import Pooling
 
-__all__ = ["BLOCK", "FORMAT", "cached_path", "described", "fill", "fingerprint", "source_name"]
+__all__ = [
+    "BLOCK",
+    "FORMAT",
+    "JOURNAL",
+    "Journal",
+    "cached_path",
+    "described",
+    "fill",
+    "fingerprint",
+    "source_name",
+    "stamp",
+]
 
 FORMAT = 1
 BLOCK = 1024
+JOURNAL = "journal.npz"
+NOTE_EVERY = 10.0  # seconds
 
 
 def cached_path(source: str | Path, options: dict[str, Any]) -> Path:
     """Where the cache keeps the bank of a source: named by its files (size and time) and the options."""
+    found = find_source(source)
+    return cache_folder() / "banks" / f"{Path(str(found)).stem}-{stamp(source, options)}"
+
+
+def stamp(source: str | Path | Images, options: dict[str, Any]) -> str:
+    """A hash that tells sources apart: by the size and time of their files, or by the ids of images; and by the options
+    of the build."""
+    if isinstance(source, Images):
+        said = [list(source.shape), source.dtype.str, list(source.classes), list(source.ids), source.labels.tolist()]
+        return _short_hash([FORMAT, said, options])
     found = find_source(source)
     signature: list[Any] = [FORMAT, str(found) if isinstance(found, str) else str(found.resolve()), options]
     if isinstance(found, Path):
@@ -37,8 +65,11 @@ def cached_path(source: str | Path, options: dict[str, Any]) -> Path:
             else sorted(p for p in found.rglob("*") if p.is_file())
         )
         signature += [(os.fsencode(p).hex(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    digest = hashlib.blake2b(json.dumps(signature).encode(), digest_size=6).hexdigest()
-    return cache_folder() / "banks" / f"{Path(str(found)).stem}-{digest}"
+    return _short_hash(signature)
+
+
+def _short_hash(signature: list[Any]) -> str:
+    return hashlib.blake2b(json.dumps(signature).encode(), digest_size=6).hexdigest()
 
 
 def source_name(source: str | Path) -> str:
@@ -48,8 +79,44 @@ def source_name(source: str | Path) -> str:
     return str(source) if known else str(Path(str(found)).resolve())
 
 
-def fill(images: Images, source: dict[str, Any], create: Callable[..., np.ndarray], progress: bool) -> dict[str, Any]:
-    """Writes every array of a bank through `create(name, shape, dtype)`; returns the metadata."""
+class Journal:
+    """How far a build has come: rows whose pixels are written, rows whose proxies are, and the sum of all pixels.
+
+    Arguments:
+        path: where it is kept; None keeps it in memory only.
+    """
+
+    def __init__(self, path: Path | None, size: int) -> None:
+        self.path = path
+        self.pixels, self.proxies, self.total = 0, 0, np.zeros(size)
+        self._noted = time.monotonic()
+        if path is not None and path.exists():
+            try:
+                with np.load(path) as kept:
+                    self.pixels, self.proxies = int(kept["pixels"]), int(kept["proxies"])
+                    self.total = kept["total"]
+            except (OSError, ValueError, KeyError, EOFError) as error:
+                raise GolddiffError(f"{path} is damaged ({error}): remove the folder {path.parent}") from error
+
+    def note(self, *arrays: np.ndarray) -> None:
+        """Writes down how far it is, if that was some time ago, after what was written to the arrays."""
+        if self.path is None or time.monotonic() - self._noted < NOTE_EVERY:
+            return
+        for array in arrays:
+            if isinstance(array, np.memmap):
+                array.flush()
+        with replacing(self.path) as part, part.open("wb") as file:
+            np.savez(file, pixels=self.pixels, proxies=self.proxies, total=self.total)
+        self._noted = time.monotonic()
+
+
+def fill(
+    images: Images, source: dict[str, Any], create: Callable[..., np.ndarray], journal: Journal, progress: bool
+) -> dict[str, Any]:
+    """Writes every array of a bank through `create(name, shape, dtype)`; returns the metadata.
+
+    Goes on from what the journal says. `create` then gives the arrays as they were left.
+    """
     count, size = len(images), int(np.prod(images.shape))
     pixels = create("pixels", (count, *images.shape), images.dtype)
     labels = create("labels", (count,), np.int64)
@@ -57,28 +124,36 @@ def fill(images: Images, source: dict[str, Any], create: Callable[..., np.ndarra
     names = np.array([name.encode(errors="surrogateescape") for name in images.ids])
     ids = create("ids", names.shape, names.dtype)
     ids[:] = names
-    digests = np.empty((count, 2), dtype=np.int64)
-    total = np.zeros(size)
-    with tqdm(total=count, desc="images", unit="", disable=None if progress else True) as bar:
-        for start, block in images.blocks(BLOCK):
+    digests = create("digests", (count, 2), np.int64)
+    hidden = None if progress else True
+    with tqdm(total=count, initial=journal.pixels, desc="images", unit="", disable=hidden) as bar:
+        for start, block in images.blocks(BLOCK, journal.pixels):
             stop = start + len(block)
             pixels[start:stop] = block
-            total += block.reshape(len(block), -1).sum(0, dtype=np.float64)
+            journal.total += block.reshape(len(block), -1).sum(0, dtype=np.float64)
             digests[start:stop] = _digests(block, images.labels[start:stop])
+            journal.pixels = stop
+            journal.note(pixels, digests)
             bar.update(len(block))
     keys = create("keys", (count,), np.int64)
     keys[:] = _distinct(digests[:, 0])
     centre = create("centre", (size,), np.float32)
-    mean = total / count
+    mean = journal.total / count
     centre[:] = np.round(mean) if images.dtype == np.uint8 else mean
     pooling = Pooling(images.shape)
     norms = create("norms", (count,), np.float64)
     proxy = create("proxy", (count, pooling.size), np.float32)
-    for start in tqdm(range(0, count, BLOCK), desc="proxies", disable=None if progress else True):
-        part = slice(start, min(start + BLOCK, count))
-        v = torch.from_numpy(pixels[part].reshape(-1, size) - centre.astype(np.float64))
-        norms[part] = v.square().sum(1)
-        proxy[part] = pooling(v)
+    kind = torch.float32 if images.dtype == np.uint8 else torch.float64  # sums of so few bytes are exact in float32
+    middle = torch.from_numpy(centre).to(kind)
+    with tqdm(total=count, initial=journal.proxies, desc="proxies", unit="", disable=hidden) as bar:
+        for start in range(journal.proxies, count, BLOCK):
+            stop = min(start + BLOCK, count)
+            v = torch.from_numpy(pixels[start:stop].reshape(-1, size)).to(kind) - middle
+            norms[start:stop] = v.square().sum(1, dtype=torch.float64)
+            proxy[start:stop] = pooling(v, kind)
+            journal.proxies = stop
+            journal.note(norms, proxy)
+            bar.update(stop - start)
     arrays = {"pixels": pixels, "labels": labels, "ids": ids, "keys": keys}
     arrays |= {"centre": centre, "norms": norms, "proxy": proxy}
     if images.skipped:

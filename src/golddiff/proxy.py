@@ -34,10 +34,11 @@ class Pooling:
         counts = self._rows.sum(1)[:, None] * self._columns.sum(1)[None]
         self._scale = counts.rsqrt()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """`(n, D)` -> `(n, P)` float64. Sums of whole numbers are exact, whatever the size of the batch."""
-        images = x.reshape(-1, *self.shape).double()
-        rows, columns, scale = (m.to(x.device) for m in (self._rows, self._columns, self._scale))
+    def __call__(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """`(n, D)` -> `(n, P)` in a type. Sums of whole numbers are exact, whatever the size of the batch: in float32
+        while they are under 2^24."""
+        images = x.reshape(-1, *self.shape).to(dtype)
+        rows, columns, scale = (m.to(x.device, dtype) for m in (self._rows, self._columns, self._scale))
         return ((rows @ images @ columns.T) * scale).flatten(1)
 
 

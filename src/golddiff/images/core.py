@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -51,11 +52,21 @@ class Images:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields `(start, pictures)` with `size` pictures each, in order."""
-        for start in range(0, len(self), size):
-            stop = min(start + size, len(self))
-            yield start, self.read(start, stop)
+    def blocks(self, size: int, first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields `(start, pictures)` with `size` pictures each, in order from number `first` on; the next ones are read
+        while these are used."""
+        starts = list(range(first, len(self), size))
+        with ThreadPoolExecutor(1) as reader:
+
+            def reading(start: int) -> Future[np.ndarray]:
+                return reader.submit(self.read, start, min(start + size, len(self)))
+
+            coming = [reading(start) for start in starts[:1]]
+            for start, following in zip(starts, [*starts[1:], None], strict=True):
+                block = coming.pop().result()
+                if following is not None:
+                    coming.append(reading(following))
+                yield start, block
 
     def flipped(self) -> Images:
         """These pictures, then their mirror images in the same order (ids end in `|flip`)."""
