@@ -54,8 +54,9 @@ __all__ = ["Bank"]
 
 META = "bank.json"
 DERIVED = "derived"
-DERIVED_FORMAT = 1  # to be raised when a formula of what is derived changes
+DERIVED_FORMAT = 2  # to be raised when a formula of what is derived changes
 KEPT_IN_MEMORY = 4
+STATISTICS_ROWS = 2**16
 BLOCK_NUMBERS = 2**21  # of a block that stays in a processor's cache
 WORTH_COMPILING = 2**22  # pixels to compare from which a compiled loop is loaded
 ARRAYS = ("pixels", "labels", "ids", "keys", "centre", "norms", "proxy")
@@ -393,16 +394,26 @@ class Bank:
     def spectrum(self, label: int | None = None) -> Statistics:
         """Mean and covariance of all rows, or of a class; computed once and kept in the bank.
 
-        An eigenbasis (`Spectrum`), or where `min(N, D)` is over 4,096 the covariance itself (`DenseCovariance`).
+        An eigenbasis (`Spectrum`), or where `min(N, D)` is over 4,096 the covariance itself (`DenseCovariance`). Of
+        more than 65,536 rows that many are taken, those with the smallest keys: a random sample, whatever their order.
         """
-        rows = self.rows_of(label)
-        name = "" if rows is None else f"-{label}"
+        rows = self._sampled(self.rows_of(label))
+        name = "" if self.rows_of(label) is None else f"-{label}"
         if min(self.D, len(self) if rows is None else len(rows)) <= LARGEST_EIGENBASIS:
             return Spectrum(**self.keep(f"spectrum{name}", lambda: vars(compute_spectrum(self._rows_for(rows)))))
         kept = self.keep(
             f"covariance{name}", lambda: vars(compute_covariance(self._rows_for(rows))), remember=self.path is None
         )
         return DenseCovariance(**kept)
+
+    def _sampled(self, rows: Tensor | None) -> Tensor | None:
+        """The rows whose statistics are taken."""
+        count = len(self) if rows is None else len(rows)
+        if count <= STATISTICS_ROWS:
+            return rows
+        keys = (self.keys if rows is None else self.keys[rows]).cpu()
+        chosen = torch.from_numpy(np.sort(np.argpartition(keys.numpy(), STATISTICS_ROWS)[:STATISTICS_ROWS]))
+        return chosen.to(self.device) if rows is None else rows[chosen.to(self.device)]
 
     def _rows_for(self, rows: Tensor | None) -> Rows:
         count = len(self) if rows is None else len(rows)

@@ -27,6 +27,7 @@ from .errors import GolddiffError
 from .golden import PADDING, Budget, Subset, Support, checked_tol, lots
 from .locality import Locality, Masked, Recent
 from .noise import Noise
+from .spectrum import COLUMNS
 
 __all__ = ["LocalSubset"]
 
@@ -144,8 +145,9 @@ class LocalSubset(Subset):
         numbers = torch.zeros(self.bank.D, dtype=torch.int64) if tiles is None else tiles
         variance = self.bank.spectrum().variances.cpu()
         worth = variance + 1e-9  # of an output: one that hardly varies can hardly be wrong
-        members = [(numbers == t).nonzero()[:, 0] for t in range(int(numbers.max()) + 1)]
-        share = torch.stack([mask[:, m].double() @ (worth[m] / worth[m].sum()) for m in members]).clamp_(min=0)
+        belongs = torch.nn.functional.one_hot(numbers).double() * worth[:, None]
+        belongs /= belongs.sum(0)
+        share = torch.cat([part.double() @ belongs for part in mask.split(COLUMNS)]).T.clamp(min=0)
         pooled = self.bank.pooling(torch.ones(1, self.bank.D))[0]
         blocks = self.bank.pooling(share) / pooled  # the mean of the mask in each block
         # of a row's distance to another, the part within blocks is hidden from averages
@@ -246,8 +248,9 @@ def _tiles(shape: tuple[int, int, int], along: int) -> Tensor:
 
 def _overlap(mask: Tensor) -> float:
     """How much the columns of a mask have in common, from 0 to 1; those that see themselves only do not count."""
-    columns = (mask != 0).sum(0) > 1
-    share = (mask[:, columns] != 0).double().mean(1)
+    seen = mask != 0
+    columns = seen.sum(0) > 1
+    share = (seen & columns).sum(1).double() / columns.sum()
     return float(share.square().sum() / share.sum()) if bool(columns.any()) else 0.0
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "COLUMNS",
     "CONSTANT",
     "LARGEST_EIGENBASIS",
     "DenseCovariance",
@@ -25,6 +26,8 @@ __all__ = [
 LARGEST_EIGENBASIS = 4096  # of min(N, D); its time grows with the cube: 20 s here on two cores
 COLUMNS = 1024  # of a block
 
+LEADING, SPARE = 2048, 128  # eigenvectors of a covariance that is too large for all, and those that help to find them
+AGREES = 4e-3  # gains of what is left out, up to which masks agree (docs/scale.md)
 CONSTANT = 1e-12  # pixels whose variance is at most this are constant
 EXACT_FLOAT32 = 2**24  # whole numbers up to here are exact in float32
 
@@ -69,33 +72,41 @@ class Statistics(abc.ABC):
 
 @dataclass(frozen=True, eq=False)
 class Spectrum(Statistics):
-    """`C = U diag(lam) U^T`.
+    """`C = U diag(lam) U^T + rest (I - U U^T)`.
 
     Arguments:
         eigenvalues: `lam >= 0`, `(r,)`, ascending; `r <= min(N, D)`.
         eigenvectors: `U`, `(D, r)`, orthonormal columns, exactly zero at constant pixels.
+        rest: `()`, the mean of the eigenvalues that are left out; 0 where none are.
     """
 
     eigenvalues: Tensor
     eigenvectors: Tensor
+    rest: Tensor
 
     def filter(self, alpha: float, sigma: float) -> tuple[Tensor, Callable[[], Iterator[tuple[slice, Tensor]]]]:
-        gains = self.eigenvalues / (alpha**2 * self.eigenvalues + sigma**2)
+        gain = self.rest / (alpha**2 * self.rest + sigma**2)
+        gains = self.eigenvalues / (alpha**2 * self.eigenvalues + sigma**2) - gain
 
         def columns() -> Iterator[tuple[slice, Tensor]]:
             scaled = self.eigenvectors * gains
             for part in _slices(len(self.mean), COLUMNS):
-                yield part, scaled @ self.eigenvectors[part].T
+                block = scaled @ self.eigenvectors[part].T
+                block[part].diagonal().add_(gain * self.varying[part])
+                yield part, block
 
-        return (self.eigenvectors.square() * gains).sum(1), columns
+        return (self.eigenvectors.square() * gains).sum(1) + gain * self.varying, columns
 
     def denoise(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         inside = x @ self.eigenvectors
-        total = alpha**2 * self.eigenvalues + sigma**2
-        mean = (alpha * self.eigenvalues / total * inside) @ self.eigenvectors.T
+        total, left = alpha**2 * self.eigenvalues + sigma**2, alpha**2 * self.rest + sigma**2
+        gain = alpha * self.rest / left
+        mean = ((alpha * self.eigenvalues / total - gain) * inside) @ self.eigenvectors.T + gain * x * self.varying
         outside = (x.square().sum(1) - inside.square().sum(1)).clamp(min=0)
-        powers = (inside.square() / total).sum(1) + outside / sigma[:, 0] ** 2
-        return mean, -(powers + torch.log(total / sigma**2).sum(1)) / 2
+        powers = (inside.square() / total).sum(1) + outside / left[:, 0]
+        others = len(self.mean) - len(self.eigenvalues)
+        logs = torch.log(total / sigma**2).sum(1) + others * torch.log(left / sigma**2)[:, 0]
+        return mean, -(powers + logs) / 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,14 +114,28 @@ class DenseCovariance(Statistics):
     """C itself, where an eigenbasis would take too long (`LARGEST_EIGENBASIS`): each noise level is a Cholesky
     factor. `sigma^2` is taken as at least `1e-13` of the trace of `alpha^2 C`, which keeps A positive.
 
+    `filter` takes the leading eigenvectors instead, and the others as equal, where that hardly makes a difference: it
+    is several times as fast.
+
     Arguments:
         covariance: `C`, `(D, D)`.
+        eigenvalues, eigenvectors: the leading ones, `(r,)` ascending and `(D, r)`.
     """
 
     covariance: Tensor
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+
+    @property
+    def leading(self) -> Spectrum:
+        """The leading eigenvectors, and the others as equal."""
+        rest = (self.variances.sum() - self.eigenvalues.sum()).clamp(min=0) / (len(self.mean) - len(self.eigenvalues))
+        return Spectrum(self.mean, self.variances, self.eigenvalues, self.eigenvectors, rest)
 
     def filter(self, alpha: float, sigma: float) -> tuple[Tensor, Callable[[], Iterator[tuple[slice, Tensor]]]]:
         size = len(self.mean)
+        if float(self.eigenvalues[0]) * alpha**2 <= AGREES * sigma**2:
+            return self.leading.filter(alpha, sigma)
         if alpha**2 * float(self.variances.sum()) < 1e-8 * sigma**2:  # A is sigma^2 I to double precision
             w = self.covariance / sigma**2
         else:
@@ -186,17 +211,24 @@ def compute_spectrum(rows: Rows) -> Spectrum:
         variances=torch.where(varying, variances, 0.0),
         eigenvalues=values.clamp(min=0),
         eigenvectors=vectors,
+        rest=torch.zeros((), dtype=torch.float64),
     )
 
 
 def compute_covariance(rows: Rows) -> DenseCovariance:
-    """The covariance (divided by N - 1) itself."""
+    """The covariance (divided by N - 1) itself, and its leading eigenvectors."""
     mean, product = _covariance(rows)
     variances = product.diagonal()
+    count = min(LEADING, len(mean) // 2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vectors, values, _ = torch.svd_lowrank(product.float(), min(count + SPARE, len(mean)), niter=2)
     return DenseCovariance(
         mean=rows.scale * (mean + rows.centre.double()) + rows.offset,
         variances=torch.where(variances > CONSTANT, variances, 0.0),
         covariance=product,
+        eigenvalues=values[:count].flip(0).double(),
+        eigenvectors=vectors[:, :count].flip(1).double(),
     )
 
 
