@@ -9,6 +9,9 @@ import golddiff
 
 ORDER = [
     "errors", "files", "images", "noise", "proxy", "spectrum", "prepare", "kernels", "bank", "locality", "golden",
+    "scores",
+    "drawing",
+    "cells",
     "importance", "certified", "posterior", "denoise", "oracle", "metrics", "sample", "calibrate", "concentrate",
     "training", "pictures", "recipe", "runs", "compare", "doctor", "cli",
 ]  # fmt: skip

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 import golddiff as gd
 from conftest import noisy, outside, toy_arrays
-from golddiff import importance
 from golddiff.certified import CertifiedSubset
 from golddiff.denoise import compiled
 from golddiff.importance import LocalSubset
@@ -74,7 +73,7 @@ def test_many_rows_are_all_rows(digits):
 @pytest.mark.parametrize("t", LEVELS)
 def test_the_loops_agree(t, tiles, monkeypatch):
     """Compiled in float32 and plain in float64: the same rows but for a few, and with the same rows the same means."""
-    monkeypatch.setattr(importance, "TILINGS", ((0.0, tiles, 1.0),))
+    monkeypatch.setattr(scores, "TILINGS", ((0.0, tiles, 1.0),))
     monkeypatch.setattr(compiled, "WORTH", 0)
     pixels = toy_arrays(900, (3, 16, 16))[0]
     fast, slow = gd.Bank.build(pixels), gd.Bank.build(pixels)

@@ -401,10 +401,7 @@ class Bank:
         name = "" if self.rows_of(label) is None else f"-{label}"
         if min(self.D, len(self) if rows is None else len(rows)) <= LARGEST_EIGENBASIS:
             return Spectrum(**self.keep(f"spectrum{name}", lambda: vars(compute_spectrum(self._rows_for(rows)))))
-        kept = self.keep(
-            f"covariance{name}", lambda: vars(compute_covariance(self._rows_for(rows))), remember=self.path is None
-        )
-        return DenseCovariance(**kept)
+        return DenseCovariance(**self.keep(f"covariance{name}", lambda: vars(compute_covariance(self._rows_for(rows)))))
 
     def _sampled(self, rows: Tensor | None) -> Tensor | None:
         """The rows whose statistics are taken."""
@@ -445,6 +442,7 @@ class Bank:
                 file.parent.mkdir(exist_ok=True)
                 with replacing(file) as part:
                     save_file(tensors, part, metadata={**stamp, "hash": _hash_tensors(tensors)})
+                tensors = _read_derived(file)[1]  # mapped
         if remember:
             self._kept[name] = tensors
             if len(self._kept) > KEPT_IN_MEMORY:

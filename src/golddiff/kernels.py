@@ -28,7 +28,9 @@ __all__ = [
     "histograms",
     "local_scores",
     "masked_softmax_kernel",
+    "reached",
     "run_sums",
+    "scores_of",
     "use_threads_of_torch",
 ]
 
@@ -148,9 +150,9 @@ def _histograms(scores, tops, widths, bins):
     return counts
 
 
-def _drawn(scores, steepness, cuts, lots, tiles, rows, padding):
-    """Of each row of scores `(G, n)`, `rows` where `lot < chance`, `chance = steepness score + cut`, padded to the same
-    width `(G, K)`, and `-min(chance, 0)` of them; lots `(B, n)` are of images, which have so many tiles."""
+def _drawn(scores, steepness, cuts, lots, tiles, padding):
+    """Of each row of scores `(G, n)`, the places where `lot < chance`, `chance = steepness score + cut`, padded to the
+    same width `(G, K)`, and `-min(chance, 0)` of them; lots `(G / tiles, n)`."""
     counts = np.zeros(len(scores), np.int64)
     for g in prange(len(scores)):
         row, lot, steep, cut, found = scores[g], lots[g // tiles], steepness[g], cuts[g], 0
@@ -164,14 +166,51 @@ def _drawn(scores, steepness, cuts, lots, tiles, rows, padding):
         for i in range(len(row)):
             chance = row[i] * steep + cut
             if lot[i] < chance:
-                chosen[g, j] = rows[i]
+                chosen[g, j] = i
                 log_q[g, j] = -min(chance, np.float32(0))
                 j += 1
     return chosen, log_q
 
 
+def _reached(chances, least, lots, drawn, begins, rows, cells, padding):
+    """Rows that the search reaches for each image and tile, padded to the same width `(G, K)`, and the logarithms of
+    their chances `(G, K)`: those of cells with a chance `(G, C)` over the least whose lot `(B, N)` is under it, and of
+    the rows drawn anyway `(B, L)` (padded) those in the other cells. See `Cells` for `begins`, `rows` and `cells`."""
+    tiles, count = len(begins), chances.shape[1]
+    counts = np.zeros(len(chances), np.int64)
+    for g in prange(len(chances)):
+        b, t, found = g // tiles, g % tiles, 0
+        for c in range(count):
+            chance = chances[g, c]
+            if chance > least:
+                for i in range(begins[t, c], begins[t, c + 1]):
+                    found += lots[b, rows[t, i]] < chance
+        for i in range(drawn.shape[1]):
+            if drawn[b, i] != padding:
+                found += chances[g, cells[drawn[b, i], t]] <= least
+        counts[g] = found
+    width = max(np.int64(1), counts.max())
+    found_rows, bounds = np.full((len(chances), width), padding), np.zeros((len(chances), width), np.float32)
+    for g in prange(len(chances)):
+        b, t, j = g // tiles, g % tiles, 0
+        for c in range(count):
+            chance = chances[g, c]
+            if chance > least:
+                for i in range(begins[t, c], begins[t, c + 1]):
+                    if lots[b, rows[t, i]] < chance:
+                        found_rows[g, j], bounds[g, j] = rows[t, i], chance
+                        j += 1
+        for i in range(drawn.shape[1]):
+            row = drawn[b, i]
+            if row != padding and chances[g, cells[row, t]] <= least:
+                found_rows[g, j], bounds[g, j] = row, least
+                j += 1
+    return found_rows, bounds
+
+
 histograms = compiled(_histograms, parallel=True)
 drawn = compiled(_drawn, parallel=True)
+reached = compiled(_reached, parallel=True)
 
 
 @intrinsic
@@ -362,7 +401,36 @@ def _local_scores(matrix, centre, rows, inputs, counts, linear, squares, out):
                         out[b + k, t, first + w] = sums[k, w]
 
 
+def _scores_of(matrix, centre, rows, counts, inputs, sizes, blocks, linear, squares, out):
+    """Scores of rows of their own for each image and tile, `out[g, i]` for the first `counts[g]` of `rows[g]` `(G, K)`;
+    the rest as in `_local_scores`. `blocks` `(T, n)`: the places of a row at which blocks of 64 bytes begin that hold
+    the inputs of a tile, padded with -1."""
+    size, tiles, per = matrix.shape[1], len(sizes), (rows.shape[1] + LANES - 1) // LANES
+    for job in prange(len(rows) * per):
+        g, first = job // per, job % per * LANES
+        here = min(LANES, counts[g] - first)
+        if here <= 0:
+            continue
+        t = g % tiles
+        bytes_, sums = aligned(size, 1), np.zeros(LANES, np.float32)
+        offsets = np.empty(LANES, np.int64)
+        for w in range(LANES):
+            offsets[w] = rows[g, first + min(w, here - 1)] * size
+        for n0 in blocks[t]:
+            if n0 >= 0:
+                transpose(matrix.ctypes.data + n0, offsets.ctypes.data, bytes_.ctypes.data + LANES * n0)
+        for j in range(sizes[t]):
+            n = inputs[t, j]
+            row, middle, slope, curve = bytes_[n], centre[n], linear[g // tiles, t, j], squares[t, j]
+            for w in range(LANES):
+                v = np.float32(row[w]) - middle
+                sums[w] += v * (slope + curve * v)
+        for w in range(here):
+            out[g, first + w] = sums[w]
+
+
 local_scores = compiled(_local_scores, parallel=True)
+scores_of = compiled(_scores_of, parallel=True)
 
 
 @compiled

@@ -161,6 +161,10 @@ class Masked(Locality):
         """The class whose statistics make the mask, if any."""
         return None
 
+    def name(self, noise: Noise, label: int | None = None) -> str | None:
+        """What the mask at one noise level is called among what is kept with a bank; None for masks not to be kept."""
+        return None
+
 
 class Windows:
     """The side of a square window at each noise level: that of the nearest level of a table (by angle).
@@ -320,13 +324,15 @@ class PCAMask(Masked):
     def statistics_of(self, label: int | None) -> int | None:
         return label if self.statistics == "class" else None
 
+    def name(self, noise: Noise, label: int | None = None) -> str:
+        what = f"{self.rule} {self.threshold!r} {self.statistics_of(label)} {int(noise.angle)}"
+        return hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
+
     def mask(self, noise: Noise, label: int | None = None) -> Tensor:
-        label = self.statistics_of(label)
-        what = f"{self.rule} {self.threshold!r} {label} {int(noise.angle)}"
-        name = "mask-" + hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
+        name = f"mask-{self.name(noise, label)}"
 
         def compute() -> tuple[Tensor, int]:
-            mask = self._compute(name, noise, label)
+            mask = self._compute(name, noise, self.statistics_of(label))
             return mask, mask.nbytes
 
         kept = self._recent.get(name, compute)
