@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import golddiff as gd
 from conftest import noisy, outside, toy_arrays
+from golddiff import scores
 from golddiff.certified import CertifiedSubset
 from golddiff.denoise import compiled
 from golddiff.importance import LocalSubset

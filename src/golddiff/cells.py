@@ -9,6 +9,7 @@ of a draw from the whole bank, so nothing is left out for good. Who is drawn dep
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -139,9 +140,9 @@ class Cells:
         return log_c.gather(-1, fits.to(torch.int8).argmax(-1, keepdim=True)).to(scores.dtype)
 
 
-def reached(cells: Cells, chances: Tensor, least: float, lots: Tensor, compiled: bool) -> tuple[Tensor, Tensor]:
-    """Rows that are to be scored for each image and tile, and the logarithms of their chances, `(B T, K)`, padded with
-    -1 and 0.
+def reached(cells: Cells, chances: Tensor, least: float, lots: Tensor, compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows that are to be scored for each image and tile, the logarithms of their chances, and what is left of their
+    lots (`lot - chance`), `(B T, K)` each, padded with -1, 0 and infinity.
 
     Arguments:
         chances: `(B, T, C)`, at least `least`. lots: `(B, N)`, logarithms of what each row has drawn.
@@ -155,8 +156,8 @@ def reached(cells: Cells, chances: Tensor, least: float, lots: Tensor, compiled:
         padded = torch.nn.utils.rnn.pad_sequence(anyway, batch_first=True, padding_value=PADDING)
         numbers = (tensor.numpy() for tensor in (lots, padded, cells.begins, cells.rows, cells.cells))
         found = kernels.reached(chances.flatten(0, 1).contiguous().numpy(), np.float32(least), *numbers, PADDING)
-        return torch.from_numpy(found[0]), torch.from_numpy(found[1])
-    rows, bounds = [], []
+        return torch.from_numpy(found[0]), torch.from_numpy(found[1]), torch.from_numpy(found[2])
+    rows, bounds, left = [], [], []
     for b, t in itertools.product(range(batch), range(tiles)):
         own = chances[b, t]
         near = (own > least).nonzero()[:, 0]
@@ -169,8 +170,12 @@ def reached(cells: Cells, chances: Tensor, least: float, lots: Tensor, compiled:
         others = anyway[b][own[cells.cells[anyway[b], t].long()] <= least]
         rows.append(torch.cat([found_rows[some], others]))
         bounds.append(torch.cat([chance[some], torch.full((len(others),), least, device=chance.device)]))
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad(rows, batch_first=True, padding_value=PADDING), pad(bounds, batch_first=True)
+        left.append(lots[b][rows[-1]] - bounds[-1])
+
+    def padded_with(value: float, parts: list[Tensor]) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value)
+
+    return padded_with(PADDING, rows), padded_with(0.0, bounds), padded_with(math.inf, left)
 
 
 @dataclass(frozen=True)

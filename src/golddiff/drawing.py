@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .golden import PADDING, lots
+from .golden import PADDING, lots, salt_of
 
 __all__ = ["drawn", "log_uniform"]
 
@@ -15,8 +15,13 @@ BINS, WIDTH = 1024, 16.0  # of a histogram of scores: 64 in all, in steps of 1/1
 FLATTER = 8.0  # how much flatter scores are taken, again and again, until enough rows are within the histogram
 
 
-def log_uniform(keys: Tensor, seed: int, level: int) -> Tensor:
+def log_uniform(keys: Tensor, seed: int, level: int, compiled: bool) -> Tensor:
     """The logarithm of a number between 0 and 1 for each row, `(n,)` float32."""
+    if compiled:
+        from . import kernels
+
+        kernels.use_threads_of_torch()
+        return torch.from_numpy(kernels.log_lots(keys.numpy(), salt_of(seed, level).item()))
     return (((lots(keys, seed, level) >> 11 & (2**53 - 1)).double() + 0.5) / 2**53).log_().float()
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "lots",
     "nearest_proxies",
     "nearest_rows",
+    "salt_of",
 ]
 
 PADDING = -1
@@ -436,8 +437,12 @@ def checked_tol(tol: float) -> float:
 
 def lots(keys: Tensor, seed: int, level: int) -> Tensor:
     """What each row draws, `(n,)` int64 of any value: a hash of seed, noise level and row key."""
-    salt = hashed(hashed(torch.tensor(seed)) ^ torch.tensor(level))
-    return hashed(keys ^ salt.to(keys.device))
+    return hashed(keys ^ salt_of(seed, level).to(keys.device))
+
+
+def salt_of(seed: int, level: int) -> Tensor:
+    """What makes the lots of a seed and noise level its own, `()` int64."""
+    return hashed(hashed(torch.tensor(seed)) ^ torch.tensor(level))
 
 
 def _sorted(rows: Tensor) -> Tensor:

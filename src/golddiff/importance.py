@@ -42,7 +42,8 @@ SCORES_AT_ONCE = 2**26
 SCORED = 2**16  # a bank of up to so many rows is scored whole
 POOL, POOL_SCORES = 2**17, 2**20  # rows of a pool, and their scores for all tiles, at most
 SPARE = 4.0  # how much larger a pool is than the posterior needs
-SEARCHED = 2**15  # rows of a tile that a search scores
+SEARCHED = 3 * 2**13  # rows of a tile that a search scores
+ANYWHERE = 0.25  # the share of them that is drawn from the whole bank
 SAMPLE, PROBES = 2**14, 16  # rows and images that the share of the posterior is measured on
 
 
@@ -170,7 +171,7 @@ class LocalSubset(Subset):
         together = 1 if plan.kind == "pool" else max(1, most)  # every image has a pool of its own
         for first in range(0, len(q), together):
             part = slice(first, first + together)
-            lots = torch.stack([log_uniform(keys, int(one), angle) for one in seed[part]])
+            lots = torch.stack([log_uniform(keys, int(one), angle, self.bank.compiled) for one in seed[part]])
             if plan.kind == "all":
                 yield self._drawn(self._scores.shared(q[part], s, level, rows), rows, lots, wanted)
             elif plan.kind == "pool":
@@ -188,12 +189,11 @@ class LocalSubset(Subset):
         """Rows and `log_q`, `(b, T, K)` each, of those that a search of the cells reaches."""
         cells = self._cells_of(level)
         seen, step = self._scores.query(q, s, level)
-        least = math.log(count / (2 * lots.shape[1]))
-        chances = cells.chances(seen, step, count, least)
-        rows, bounds = reached(cells, chances, least, lots, self.bank.compiled)
-        scores = self._scores.own(q, s, level, rows)
-        own = _left(lots, rows, bounds)
-        return self._drawn((scores - bounds).unflatten(0, (len(q), -1)), rows, own, wanted, bounds)
+        least = math.log(ANYWHERE * count / lots.shape[1])
+        chances = cells.chances(seen, step, round((1 - ANYWHERE) * count), least)
+        rows, bounds, left = reached(cells, chances, least, lots, self.bank.compiled)
+        scores = self._scores.own(q, s, level, rows).sub_(bounds)
+        return self._drawn(scores.unflatten(0, (len(q), -1)), rows, left, wanted, bounds)
 
     def _drawn(
         self, scores: Tensor, rows: Tensor, lots: Tensor, wanted: int, bounds: Tensor | None = None
@@ -224,10 +224,3 @@ class LocalSubset(Subset):
             return Cells(**{name: tensor.to(self.bank.device) for name, tensor in kept.items()}), 0  # mapped
 
         return self._cells.get(level.name, compute)
-
-
-def _left(lots: Tensor, rows: Tensor, bounds: Tensor) -> Tensor:
-    """What is left of the lots `(B, N)` of rows that were reached, `(B T, K)`: `lot / chance`; infinite for padding."""
-    images = rows.unflatten(0, (len(lots), -1)).clamp(min=0).flatten(1)
-    left = lots.gather(1, images).view_as(bounds) - bounds
-    return left.masked_fill_(rows == PADDING, math.inf)

@@ -27,6 +27,7 @@ __all__ = [
     "fill_runs",
     "histograms",
     "local_scores",
+    "log_lots",
     "masked_softmax_kernel",
     "reached",
     "run_sums",
@@ -137,6 +138,19 @@ count_runs = compiled(_count_runs, parallel=True)
 fill_runs = compiled(_fill_runs, parallel=True)
 
 
+def _log_lots(keys, salt):
+    """See `golddiff.drawing.log_uniform`."""
+    out = np.empty(len(keys), np.float32)
+    for i in prange(len(keys)):
+        x = np.uint64(keys[i]) ^ np.uint64(salt)
+        x += np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+        out[i] = np.log((np.float64(x >> np.uint64(11)) + 0.5) / 9007199254740992.0)
+    return out
+
+
 def _histograms(scores, tops, widths, bins):
     """How many scores `(G, n)` lie how far under `tops` `(G,)`, in bins of `1 / widths` `(G,)`, `(G, bins)`."""
     counts = np.zeros((len(scores), bins), np.int64)
@@ -173,16 +187,21 @@ def _drawn(scores, steepness, cuts, lots, tiles, padding):
 
 
 def _reached(chances, least, lots, drawn, begins, rows, cells, padding):
-    """Rows that the search reaches for each image and tile, padded to the same width `(G, K)`, and the logarithms of
-    their chances `(G, K)`: those of cells with a chance `(G, C)` over the least whose lot `(B, N)` is under it, and of
-    the rows drawn anyway `(B, L)` (padded) those in the other cells. See `Cells` for `begins`, `rows` and `cells`."""
+    """Rows that the search reaches for each image and tile, padded to the same width `(G, K)`, the logarithms of their
+    chances, and what is left of their lots, `lot - chance`, infinite for padding.
+
+    They are those of cells with a chance `(G, C)` over the least whose lot `(B, N)` is under it, and of the rows drawn
+    anyway `(B, L)` (padded) those in the other cells. See `Cells` for `begins`, `rows` and `cells`.
+    """
     tiles, count = len(begins), chances.shape[1]
     counts = np.zeros(len(chances), np.int64)
     for g in prange(len(chances)):
         b, t, found = g // tiles, g % tiles, 0
         for c in range(count):
             chance = chances[g, c]
-            if chance > least:
+            if chance >= 0:
+                found += begins[t, c + 1] - begins[t, c]
+            elif chance > least:
                 for i in range(begins[t, c], begins[t, c + 1]):
                     found += lots[b, rows[t, i]] < chance
         for i in range(drawn.shape[1]):
@@ -191,25 +210,28 @@ def _reached(chances, least, lots, drawn, begins, rows, cells, padding):
         counts[g] = found
     width = max(np.int64(1), counts.max())
     found_rows, bounds = np.full((len(chances), width), padding), np.zeros((len(chances), width), np.float32)
+    left = np.full((len(chances), width), np.float32(np.inf))
     for g in prange(len(chances)):
         b, t, j = g // tiles, g % tiles, 0
         for c in range(count):
             chance = chances[g, c]
             if chance > least:
                 for i in range(begins[t, c], begins[t, c + 1]):
-                    if lots[b, rows[t, i]] < chance:
-                        found_rows[g, j], bounds[g, j] = rows[t, i], chance
+                    lot = lots[b, rows[t, i]]
+                    if lot < chance:
+                        found_rows[g, j], bounds[g, j], left[g, j] = rows[t, i], chance, lot - chance
                         j += 1
         for i in range(drawn.shape[1]):
             row = drawn[b, i]
             if row != padding and chances[g, cells[row, t]] <= least:
-                found_rows[g, j], bounds[g, j] = row, least
+                found_rows[g, j], bounds[g, j], left[g, j] = row, least, lots[b, row] - least
                 j += 1
-    return found_rows, bounds
+    return found_rows, bounds, left
 
 
 histograms = compiled(_histograms, parallel=True)
 drawn = compiled(_drawn, parallel=True)
+log_lots = compiled(_log_lots, parallel=True)
 reached = compiled(_reached, parallel=True)
 
 

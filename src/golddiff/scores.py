@@ -204,9 +204,8 @@ def _inputs(level: Level) -> tuple[np.ndarray, np.ndarray]:
 
 def _blocks_of_bytes(level: Level, size: int) -> Tensor:
     """Where the blocks of a row begin that hold what each tile compares, `(T, n)`, padded with -1."""
-    begins = [
-        (i[:c].long() // BYTES * BYTES).clamp(max=size - BYTES).unique() for i, c in zip(level.inputs, level.counts)
-    ]
+    used = [row[:count].long() for row, count in zip(level.inputs, level.counts, strict=True)]
+    begins = [(places // BYTES * BYTES).clamp(max=size - BYTES).unique() for places in used]
     return torch.nn.utils.rnn.pad_sequence(begins, batch_first=True, padding_value=-1)
 
 
