@@ -8,12 +8,9 @@ from pathlib import Path
 import golddiff
 
 ORDER = [
-    "errors", "files", "images", "noise", "proxy", "spectrum", "prepare", "kernels", "bank", "locality", "golden",
-    "scores",
-    "drawing",
-    "cells",
-    "importance", "certified", "posterior", "denoise", "oracle", "metrics", "sample", "calibrate", "concentrate",
-    "training", "pictures", "recipe", "runs", "compare", "doctor", "cli",
+    "errors", "files", "ranks", "images", "noise", "proxy", "spectrum", "prepare", "kernels", "bank", "locality",
+    "golden", "scores", "drawing", "cells", "importance", "certified", "posterior", "denoise", "oracle", "metrics",
+    "sample", "calibrate", "concentrate", "training", "pictures", "recipe", "runs", "compare", "doctor", "cli",
 ]  # fmt: skip
 FOLDER = Path(golddiff.__file__).parent
 

@@ -27,6 +27,7 @@ from .metrics import evaluate
 from .noise import SCHEDULES
 from .oracle import PREDICTIONS, oracle
 from .pictures import grid, save_png, to_uint8
+from .ranks import Ranks, joined, own_device, parse_shard
 from .recipe import (
     DEFAULTS,
     Recipe,
@@ -169,6 +170,8 @@ def bank_verify(path: str) -> None:
 @click.option("--nearest", type=int, default=0, metavar="K", help="Draw the K nearest training images: nearest.png.")
 @click.option("--recipe", type=click.Path(path_type=Path), help="A run's recipe.json, or YAML with some of its keys.")
 @click.option("--force", is_flag=True, help="Start again in a folder that holds another run.")
+@click.option("--shard", metavar="I/N", help="Do every Nth batch only, from the Ith; others do the rest, same folder.")
+@click.option("--spread", default="seeds", help="Over processes of torchrun or srun: seeds, or the bank's rows.")
 @_source_options
 def sample(source: str | None, options: tuple[str, ...], **given: Any) -> None:
     """Sample images from BANK: a built bank, anything that `bank build` takes, or a known name.
@@ -193,15 +196,34 @@ def sample(source: str | None, options: tuple[str, ...], **given: Any) -> None:
         raise GolddiffError(f"--batch is {given['batch']}: give at least 1")
     device = _device(given["device"])
     building = {key: given[key] for key in BUILDING}
+    with joined(device) as ranks:
+        _sample(
+            source, stated, settings, building, device, parse_shard(given["shard"]) if given["shard"] else ranks, given
+        )
+
+
+def _sample(
+    source: str | None,
+    stated: Any,
+    settings: dict[str, Any],
+    building: dict[str, Any],
+    device: torch.device,
+    ranks: Ranks,
+    given: dict[str, Any],
+) -> None:
+    """What `golddiff sample` does on one rank."""
     held = _bank_of(source, stated, building)
     recipe, model = Recipe.resolve(held.to(device), settings)
     out = given["out"] or _default_out(source or stated, held, recipe.method, {**settings, **building})
     pictures = Path(source).resolve() if source and Path(source).is_dir() else None
     if source and pictures and held.path != Path(source) and out.resolve().is_relative_to(pictures):
         raise GolddiffError(f"{out} would lie among the pictures of {source}: give another --out")
-    _say_what_to_expect(held, recipe, given["skip_broken"])
-    count = run(model, recipe, out, **{key: given[key] for key in ("batch", "save_steps", "nearest", "force")})
-    click.echo(f"{count} images in {out}: look at {out / 'grid.png'}")
+    if ranks.is_first:
+        _say_what_to_expect(held, recipe, given["skip_broken"])
+    how = {key: given[key] for key in ("batch", "save_steps", "nearest", "force", "spread")}
+    count = run(model, recipe, out, ranks=ranks, **how)
+    if ranks.is_first or not ranks.linked:
+        click.echo(f"{count} images in {out}: look at {out / 'grid.png'}")
 
 
 def _say_what_to_expect(held: Bank, recipe: Recipe, skip_broken: bool) -> None:
@@ -464,7 +486,7 @@ def completion(shell: str) -> None:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return own_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -473,7 +495,7 @@ def _device(name: str) -> torch.device:
         raise unknown("device", name, ("auto", "cpu", "cuda"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise GolddiffError("there is no CUDA device here: use --device cpu")
-    return device
+    return own_device(device)
 
 
 def _built(path: str) -> Bank:

@@ -6,7 +6,7 @@ import abc
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -17,6 +17,7 @@ from .bank import WORTH_COMPILING, Bank
 from .errors import GolddiffError, unknown
 from .locality import Locality
 from .noise import Noise
+from .ranks import Ranks
 
 __all__ = [
     "Budget",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 PADDING = -1
+NOTHING = -1e30  # a logit of no weight
 BLOCK = 8192
 FEW_IMAGES = 3  # whose proxies are compared faster one by one
 SCORES_AT_ONCE = 2**26  # proxy scores of images that are compared together
@@ -111,6 +113,30 @@ class Support:
             for b in range(batch):
                 for part in self.rows_of(b).split(size):
                     yield range(b, b + 1), part
+
+    def owned(self, ranks: Ranks) -> Support:
+        """The rows that are a rank's; one that stands for nothing where an image has none in a tile."""
+        if not ranks.linked:
+            return self
+        if self.rows is None or self.shared:
+            every = self.rows_of(0)
+            every = every[ranks.owns(every)]
+            if len(every):
+                return replace(self, rows=every.expand(len(self.eligible), 1, -1))
+        batch, tiles = len(self.eligible), self.tile_count
+        rows, log_q = [], []
+        for b, t in itertools.product(range(batch), range(tiles)):
+            own, added = self.rows_of(b, t), self.log_q_of(b, t)
+            mine = ranks.owns(own)
+            rows.append(own[mine] if mine.any() else own[:1])
+            log_q.append(added[mine] if mine.any() else torch.full_like(added[:1], NOTHING))
+        pad = torch.nn.utils.rnn.pad_sequence
+        return replace(
+            self,
+            rows=pad(rows, batch_first=True, padding_value=PADDING).unflatten(0, (batch, tiles)),
+            log_q=pad(log_q, batch_first=True).unflatten(0, (batch, tiles)),
+            shared=False,
+        )
 
     @staticmethod
     def merge(parts: list[Support], items: list[Tensor]) -> Support:

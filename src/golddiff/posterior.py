@@ -61,7 +61,10 @@ class Posterior:
             rows `(K,)`, and weights `(K,)` for whole images or `(K, pixels)` for local denoisers.
         """
         if self._weigh is None:
-            raise GolddiffError("this denoiser has no rows, so it has no weights: use optimal, pca or golddiff")
+            raise GolddiffError(
+                "this denoiser has no rows, or not all of them, so it has no weights: use optimal, pca or golddiff, "
+                "with the bank in one process"
+            )
         if not 0 <= b < len(self.mean):
             raise GolddiffError(f"image {b} of a batch of {len(self.mean)}: count from 0")
         return self._weigh(b, None if pixels is None else torch.as_tensor(pixels))

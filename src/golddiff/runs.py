@@ -23,17 +23,18 @@ from tqdm import tqdm
 
 from .bank import Bank
 from .denoise import Denoiser
-from .errors import GolddiffError
+from .errors import GolddiffError, unknown
 from .files import replacing
 from .golden import nearest_rows
 from .noise import Noise, schedule_named
 from .pictures import grid, save_png, to_uint8
+from .ranks import ALONE, Ranks
 from .recipe import Recipe
 from .sample import Step, sampler_named, trajectory
 
 __all__ = ["memory_since", "peak_memory", "run"]
 
-RECIPE, METRICS = "recipe.json", "metrics.json"
+RECIPE = "recipe.json"
 SHOWN = 8  # trajectories and neighbours are shown for so many images
 IN_GRID = 144
 HALF_WRITTEN = re.compile(r"\.[0-9a-f]{8}-(seed\d{6,}.*|(grid|trajectories|nearest)\.png|samples\.npz|.*\.json)")
@@ -49,6 +50,8 @@ def run(
     save_steps: bool = False,
     nearest: int = 0,
     force: bool = False,
+    ranks: Ranks = ALONE,
+    spread: str = "seeds",
 ) -> int:
     """Samples the seeds of a recipe into a folder; seeds that are finished there are kept.
 
@@ -65,13 +68,22 @@ def run(
             ones in `trajectories.png`.
         nearest: show the first images beside their so many nearest training images, in `nearest.png`.
         force: start again in a folder that holds something else.
+        ranks: this process among others that do the same with the same folder.
+        spread: what is spread over them, `seeds` or the rows of the `bank`.
 
     Returns:
         how many images the folder holds now.
 
     Raises:
-        GolddiffError: `out` holds something else, and `force` is not given.
+        GolddiffError: `out` holds something else, and `force` is not given; or another rank was lost.
     """
+    if spread not in ("seeds", "bank"):
+        raise unknown("spread", spread, ("seeds", "bank"))
+    apart = ranks.size > 1 and not ranks.linked
+    if apart and (force or spread == "bank"):
+        raise GolddiffError("shards know nothing of each other: remove the folder instead of --force, and spread seeds")
+    if spread == "bank" and ranks.linked:
+        denoiser = denoiser.over(ranks)
     if batch < 1:
         raise GolddiffError(f"batch is {batch}: give at least 1")
     if denoiser.bank.shape[0] not in (1, 3, 4):
@@ -80,27 +92,46 @@ def run(
         raise GolddiffError(f"nearest is {nearest}: give a number from 0 to {len(denoiser.bank)}, the rows of the bank")
     folder = _RunFolder(out, save_steps)
     began = time.time()
-    whole = folder.claim(recipe, force)
+    whole = folder.claim(recipe, force) if ranks.is_first or apart else recipe
+    ranks.wait()
     meter = _Meter(denoiser.bank, recipe.levels)
-    batches = [recipe.seeds[i : i + batch] for i in range(0, len(recipe.seeds), batch)]
-    todo = [seeds for seeds in batches if not all(map(folder.finished, seeds))]
+    todo, writes = _work_of(recipe, folder, batch, ranks, spread)
+    shown = None if ranks.is_first else True
     try:
-        with tqdm(total=sum(map(len, todo)) * recipe.levels, desc=recipe.method, unit="step", disable=None) as bar:
+        with tqdm(total=sum(map(len, todo)) * recipe.levels, desc=recipe.method, unit="step", disable=shown) as bar:
             for seeds in todo:
                 kept = []
                 for step in meter.timed(_trajectory(denoiser, recipe, seeds)):
                     if save_steps:
                         kept.append(_Kept.of(step))
                     bar.update(len(seeds))
-                folder.add(seeds, to_uint8(step.posterior.mean), kept)
+                if writes:
+                    folder.add(seeds, to_uint8(step.posterior.mean), kept)
+        ranks.wait()
     finally:
-        folder.summarise(whole)
-        folder.sweep(began)
+        if ranks.is_first or apart:
+            folder.summarise(whole)
+        if ranks.size == 1:
+            folder.sweep(began)
         if meter.images:
-            folder.save_json(METRICS, meter.summary(batch))
+            number = "" if ranks.is_first else f"-{ranks.rank + 1}"
+            folder.save_json(f"metrics{number}.json", meter.summary(batch))
+    if not ranks.is_first:
+        return sum(map(len, todo))
     if nearest:
         save_png(_neighbours(denoiser.bank, folder, recipe.seeds[:SHOWN], nearest), out / "nearest.png")
     return sum(folder.picture(seed).exists() for seed in whole.seeds)
+
+
+def _work_of(recipe: Recipe, folder: _RunFolder, batch: int, ranks: Ranks, spread: str) -> tuple[list[list[int]], bool]:
+    """The batches of seeds that this rank has to do, and whether it writes them down."""
+    batches = [recipe.seeds[i : i + batch] for i in range(0, len(recipe.seeds), batch)]
+    left = torch.tensor([not all(map(folder.finished, seeds)) for seeds in batches])
+    if spread == "seeds":
+        mine = [i % ranks.size == ranks.rank for i in range(len(batches))]
+        return [seeds for seeds, own, open_ in zip(batches, mine, left.tolist(), strict=True) if own and open_], True
+    agreed = ranks.gathered(left.int())[0]  # all do the same
+    return [seeds for seeds, open_ in zip(batches, agreed.tolist(), strict=True) if open_], ranks.is_first
 
 
 def _trajectory(denoiser: Denoiser, recipe: Recipe, seeds: list[int]) -> Any:
@@ -149,7 +180,8 @@ class _RunFolder:
         """Makes the folder and writes the recipe (with the seeds that are there already); refuses another's folder."""
         file = self.path / RECIPE
         if self.path.exists():
-            if not self.path.is_dir() or (any(self.path.iterdir()) and not file.exists()):
+            others = self.path.is_dir() and [p for p in self.path.iterdir() if not HALF_WRITTEN.fullmatch(p.name)]
+            if not self.path.is_dir() or (others and not file.exists()):
                 raise GolddiffError(f"{self.path} exists and is no run folder: choose another --out")
             if file.exists() and not force:
                 recipe = self._continued(recipe, file)
@@ -159,7 +191,9 @@ class _RunFolder:
                 for old in self.path.iterdir():
                     if OURS.fullmatch(old.name):
                         old.unlink()
-                for name in (METRICS, "grid.png", "samples.npz", "trajectories.png", "nearest.png"):
+                for old in self.path.glob("metrics*.json"):
+                    old.unlink()
+                for name in ("grid.png", "samples.npz", "trajectories.png", "nearest.png"):
                     (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise GolddiffError(f"{self.path} cannot be written to ({error.strerror}): choose another --out") from error

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
+import copy
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, Self, final
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from ..errors import GolddiffError
 from ..images import NO_LABEL
 from ..noise import Noise
 from ..posterior import Posterior
+from ..ranks import ALONE, Ranks
 
 __all__ = ["Denoiser", "per_image"]
 
@@ -30,12 +32,15 @@ class Denoiser(abc.ABC):
             `nearest_at_low_noise`: as `sigma -> 0` the mean is the nearest row;
             `mean_at_high_noise`: as `sigma -> infinity` it is the mean of the rows.
         by_level: images of one call to `_posterior` must have the same noise level.
+        ranks: the processes that the rows are spread over, see `over`.
     """
 
     properties: frozenset[str]
     bank: Bank
     options: dict[str, Any]
     by_level: bool = False
+    ranks: Ranks = ALONE
+    can_share: bool = False
 
     def __repr__(self) -> str:
         chosen = ", ".join(f"{key}={value!r}" for key, value in self.options.items() if key != "mask")
@@ -83,6 +88,18 @@ class Denoiser(abc.ABC):
                 f"x_t or sigma / alpha is out of the range of {x_t.dtype}: use float64, or smaller values"
             )
         return merged
+
+    def over(self, ranks: Ranks) -> Self:
+        """This denoiser with the rows spread over processes: each sums over its own, and all have the same result.
+
+        Raises:
+            GolddiffError: it is of a kind that cannot be.
+        """
+        if not self.can_share:
+            raise GolddiffError("the bank can be spread for optimal, pca, ls and golddiff: for others spread the seeds")
+        shared = copy.copy(self)
+        shared.ranks = ranks
+        return shared
 
     @abc.abstractmethod
     def _posterior(

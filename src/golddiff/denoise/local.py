@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ..golden import Everything, Subset, Support
 from ..locality import Masked, Sums
 from ..noise import Noise
 from ..posterior import Posterior, RunningSoftmax, softmax_of_rows
+from ..ranks import Ranks
 from .base import Denoiser
 from .compiled import masked_softmax, usable
 
@@ -38,6 +39,7 @@ class MaskedDenoiser(Denoiser):
 
     properties = frozenset({"convex", "permutation_invariant", "exact"})
     by_level = True
+    can_share = True
 
     def __init__(
         self,
@@ -57,10 +59,15 @@ class MaskedDenoiser(Denoiser):
         elif not isinstance(self.subset, Everything):
             self.properties = frozenset({"convex", "permutation_invariant"})
 
+    def over(self, ranks: Ranks) -> Self:
+        if self.legacy_batch:
+            raise GolddiffError("legacy_batch averages batches of all rows: spread the seeds, not the bank")
+        return super().over(ranks)
+
     def _posterior(
         self, x_t: Tensor, noise: Noise, label: int | None, eligible: Tensor | None, seed: Tensor
     ) -> Posterior:
-        support = self.subset.select(x_t, noise, self.locality, eligible, seed, label)
+        support = self.subset.select(x_t, noise, self.locality, eligible, seed, label).owned(self.ranks)
         q, s = self.bank.query(x_t, noise)
         together = len(x_t) if support.tiled else 1
         compiled = not self.legacy_batch and usable(self.bank, x_t, support.size * together)
@@ -71,6 +78,8 @@ class MaskedDenoiser(Denoiser):
             mean, log_total, ess = self._tiled(q, s, self.locality.mask(noise[0], label), support)
         else:
             mean, log_total, ess = self._blocked(q, s, self.locality.sums(noise[0], label, x_t), support)
+
+        mean, log_total, ess = self.ranks.merged(mean, log_total, ess)
 
         def weigh(b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
             masked = self.locality.sums(noise[0], label, x_t)
@@ -85,6 +94,9 @@ class MaskedDenoiser(Denoiser):
                 return rows, torch.cat([softmax_of_rows(part.T)[0].T for part in logits]) / len(logits)
             return rows, softmax_of_rows(torch.cat(logits).T)[0].T
 
+        def error(b: int, pixels: Tensor | None) -> Tensor:
+            return self._drawing_error(*weigh(b, pixels), support, b, pixels)
+
         return Posterior(
             mean=self.bank.uncentred(mean).to(x_t.dtype).reshape(x_t.shape),
             log_evidence=(log_total - support.eligible.double().log()[:, None].to(x_t.device)).reshape(x_t.shape),
@@ -92,8 +104,8 @@ class MaskedDenoiser(Denoiser):
             support=support,
             x_t=x_t,
             noise=noise,
-            _weigh=weigh,
-            _error=lambda b, pixels: self._drawing_error(*weigh(b, pixels), support, b, pixels),
+            _weigh=None if self.ranks.linked else weigh,
+            _error=None if self.ranks.linked else error,
         )
 
     def _drawing_error(self, rows: Tensor, weights: Tensor, support: Support, b: int, pixels: Tensor | None) -> Tensor:

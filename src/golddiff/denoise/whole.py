@@ -36,6 +36,7 @@ class Optimal(Denoiser):
     """
 
     properties = frozenset({"convex", "permutation_invariant", "exact", "nearest_at_low_noise", "mean_at_high_noise"})
+    can_share = True
 
     def __init__(self, bank: Bank, subset: Subset | None = None, options: dict[str, Any] | None = None) -> None:
         self.bank, self.locality, self.options = bank, WholeImage(), options or {}
@@ -47,13 +48,16 @@ class Optimal(Denoiser):
     def _posterior(
         self, x_t: Tensor, noise: Noise, label: int | None, eligible: Tensor | None, seed: Tensor
     ) -> Posterior:
-        support = self.subset.select(x_t, noise, self.locality, eligible, seed, label)
+        support = self.subset.select(x_t, noise, self.locality, eligible, seed, label).owned(self.ranks)
         q, s = self.bank.query(x_t, noise)
-        if isinstance(self.subset, Everything):
-            mean, log_total, ess = self._scan(q, s, eligible)
+        if isinstance(self.subset, Everything) and support.log_q is None:
+            mean, log_total, ess = self._scan(q, s, support.rows_of(0) if self.ranks.linked else eligible)
         else:
             parts = [self._measured(q[b], s[b], support.rows_of(b)) for b in range(len(q))]
             mean, log_total, ess = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
+            if support.log_q is not None:  # this rank has no rows of some images
+                log_total = log_total + support.log_q[:, 0].amin(-1).double()
+        mean, log_total, ess = self.ranks.merged(mean, log_total, ess)
 
         def weigh(b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
             rows = support.rows_of(b)
@@ -67,7 +71,7 @@ class Optimal(Denoiser):
             x_t=x_t,
             noise=noise,
             error_bound=self._error_bound(mean, log_total, support),
-            _weigh=weigh,
+            _weigh=None if self.ranks.linked else weigh,
             _keys=self.bank.keys,
         )
 
