@@ -8,7 +8,7 @@ from ..bank import Bank
 from ..certified import CertifiedSubset
 from ..errors import GolddiffError, unknown
 from ..golden import Budget, Everything, GoldenSubset, Subset
-from ..importance import LocalSubset
+from ..importance import SEARCHED, LocalSubset
 from ..locality import GivenMask, Masked, PCAMask, Window, Windows
 from .base import Denoiser, per_image
 from .crops import CropDenoiser
@@ -28,6 +28,7 @@ RETRIEVAL = {
     "k_max": 1 / 10,
     "m_min": None,
     "m_max": None,
+    "search": None,
 }
 PCA = {"threshold": 0.05, "mask_rule": "output", "mask": None, "legacy_batch": None, "statistics": "bank"}
 
@@ -70,6 +71,8 @@ def denoiser(name: str, bank: Bank, **options: Any) -> Denoiser:
             `reference` (a random pool, then the nearest) and `paper` (the nearest of all).
         budget: `paper`, or `auto`: as many rows as `tol` needs (the default of local and certified).
         tol: root mean square error of a pixel (range 2) that is aimed at (local, 0.01) or held (certified, 0.001).
+        search: rows of a tile that local retrieval scores where it has to search a bank of more than 65,536 rows; more
+            cost time and leave less to chance; 0 scores all (default 24,576).
         k_min, k_max, m_min, m_max: sizes of golden subset and candidates; rows, or fractions of the eligible
             rows. Defaults 1/20, 1/10, k_max, and all (`reference`) or 1/4 (`paper`).
         threshold, mask_rule: of the PCA mask, see `PCAMask`.
@@ -145,6 +148,10 @@ def _subset(bank: Bank, chosen: dict[str, Any], whole: bool) -> Subset:
     chosen["budget"] = chosen["budget"] or ("auto" if self_sizing else "paper")
     if chosen["tol"] is not None and not (self_sizing and chosen["budget"] == "auto"):
         raise GolddiffError(f"tol has no effect with retrieval={retrieval}, budget={chosen['budget']}: leave it out")
+    if chosen["search"] is not None and retrieval != "local":
+        raise GolddiffError(f"search has no effect with retrieval={retrieval}: leave it out, or use retrieval=local")
+    if retrieval == "local" and chosen["search"] is None:
+        chosen["search"] = SEARCHED
     if retrieval == "local" and chosen.get("legacy_batch") is not None:
         raise GolddiffError("legacy_batch does not go with retrieval=local: add retrieval=reference, paper or full")
     if self_sizing != (chosen["budget"] == "auto") and retrieval != "local":
@@ -163,11 +170,16 @@ def _subset(bank: Bank, chosen: dict[str, Any], whole: bool) -> Subset:
                     "retrieval=reference or paper, or leave it out"
                 )
         chosen["tol"] = TOLERANCE[retrieval] if chosen["tol"] is None else chosen["tol"]
-        return CertifiedSubset(bank, chosen["tol"]) if whole else LocalSubset(bank, chosen["tol"])
+        tol, search = chosen["tol"], chosen["search"]
+        return CertifiedSubset(bank, tol) if whole else LocalSubset(bank, tol, search=search)
     if chosen["m_min"] is None:
         chosen["m_min"] = chosen["k_max"]
     if chosen["m_max"] is None:
         share = 0.25 if retrieval == "paper" else 1.0
         chosen["m_max"] = max(share, chosen["m_min"]) if isinstance(chosen["m_min"], float) else share
     budget = Budget(*(chosen[key] for key in ("k_min", "k_max", "m_min", "m_max")))
-    return LocalSubset(bank, budget=budget) if retrieval == "local" else GoldenSubset(bank, retrieval, budget)
+    return (
+        LocalSubset(bank, budget=budget, search=chosen["search"])
+        if retrieval == "local"
+        else GoldenSubset(bank, retrieval, budget)
+    )
