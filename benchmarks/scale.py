@@ -77,6 +77,18 @@ def recall(subset: LocalSubset, locality: Locality, x_t: torch.Tensor, noise: gd
     }
 
 
+def recalls(name: str) -> str:
+    """Recall for test images of a known bank, at all levels with tiles."""
+    denoise = gd.denoiser("golddiff", gd.Bank.build(name))
+    clean = gd.Bank.build(name, split="test", limit=IMAGES).images(slice(0, IMAGES))
+    lines = ["| t | recall, all tiles | narrow tiles | their share |", "|---|---|---|---|"]
+    for t in TIMES:
+        x_t, noise = noisy(t, clean)
+        r = recall(denoise.subset, denoise.locality, x_t, noise)
+        lines.append(f"| {t} | {r['all']:.3f} | {r['narrow']:.3f} | {r['narrow tiles']:.2f} |")
+    return "\n".join(lines)
+
+
 def measured(bank: gd.Bank, locality: Locality, clean: torch.Tensor, rounds: int, check: bool) -> list[dict]:
     """What each level costs, and how exact it is."""
     subset = LocalSubset(bank)
@@ -110,6 +122,34 @@ def measured(bank: gd.Bank, locality: Locality, clean: torch.Tensor, rounds: int
         print(json.dumps(row), flush=True)
         rows.append(row)
     return rows
+
+
+def masks(few: gd.Bank, many: gd.Bank) -> str:
+    """How far masks agree (Jaccard index) between two samples of rows, and between all eigenvectors and the leading
+    ones with the others as equal; and what they cost."""
+    lines = [
+        "| t | of two samples | leading eigenvectors | gain of the largest left out | seconds |",
+        "|---|---|---|---|---|",
+    ]
+    localities = [gd.denoiser("golddiff", bank).locality for bank in (few, many)]
+    found = many.spectrum()
+    largest = float(found.eigenvalues[0])
+    for t in (900, 700, 500, 400, 300, 0):
+        noise = SCHEDULE(t)
+        power = float(noise.rho) ** -2
+        own, others = (locality.mask(noise) for locality in localities)
+        began = time.perf_counter()
+        diagonal, columns = found.leading.filter(float(noise.alpha), float(noise.sigma))
+        short = torch.cat([w.abs() >= 0.05 * diagonal[part] for part, w in columns()], dim=1).fill_diagonal_(True)
+        seconds = time.perf_counter() - began
+
+        def agree(a: torch.Tensor, b: torch.Tensor) -> float:
+            return float((a & b).sum() / (a | b).sum())
+
+        lines.append(
+            f"| {t} | {agree(own, others):.3f} | {agree(others, short):.3f} | {largest * power:.4f} | {seconds:.0f} |"
+        )
+    return "\n".join(lines)
 
 
 def tables(results: dict[str, list[dict]]) -> str:
@@ -158,6 +198,7 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
     for i, t in enumerate(TIMES):
         if t in COMPARED:
             right.loglog(sizes, [results[str(n)][i]["mse"] ** 0.5 for n in sizes], "o-", label=f"t = {t}")
+    right.set_ylim(bottom=2e-3)
     right.set(xlabel="images in the bank", ylabel="root mean square error", title="error of the mean, range 2")
     right.legend()
     figure.savefig(path, dpi=120)
@@ -165,12 +206,20 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("banks", nargs="+", type=Path)
+    parser.add_argument("banks", nargs="*", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--masks", action="store_true", help="compare the masks of the two largest banks instead")
+    parser.add_argument("--recall", metavar="NAME", help="the recall of a search of a known bank instead, as cifar10")
     args = parser.parse_args()
+    if args.recall:
+        print(recalls(args.recall))
+        return
     banks = sorted((gd.Bank.open(path) for path in args.banks), key=len)
+    if args.masks:
+        print(masks(*banks[-2:]))
+        return
     locality = gd.denoiser("golddiff", banks[-1]).locality
     clean = torch.from_numpy(crops(2000, banks[0].shape[1], seed=1).read(100, 100 + IMAGES)).float() / 127.5 - 1
     results = {}

@@ -244,14 +244,19 @@ def test_scoring_some_rows_costs_little_accuracy(t, small):
 
 @pytest.mark.parametrize("t", [900, 300])
 def test_sums_over_what_is_reached_are_unbiased(t, small):
-    """Each row is taken with the chance that its `log_q` says: over many seeds `sum exp(log_q)` is the number of them."""
-    noise = SCHEDULE(t)
-    x_t = noisy(small, noise, rows=[7], dtype=torch.float32).expand(40, -1, -1, -1)
-    support = local(small).subset.select(x_t, noise, local(small).locality, None, torch.arange(40))
-    counts = (support.log_q.double().exp() * (support.rows >= 0)).sum(-1)
-    error = counts.std(0) / 40**0.5
-    assert bool(((counts.mean(0) - 5000).abs() < 5 * error + 1).all())
-    assert int((support.rows >= 0).sum(-1).max()) < 3000
+    """Over many seeds, the weights of what is taken, each as often as `log_q` says, have the sum of those of all."""
+    noise, subset = SCHEDULE(t), local(small).subset
+    locality = local(small).locality
+    x_t = noisy(small, noise, rows=[7], dtype=torch.float32)
+    support = subset.select(x_t.expand(60, -1, -1, -1), noise, locality, None, torch.arange(60))
+    assert support.size < 3000
+    q, s = small.query(x_t.double(), noise)
+    scores = subset._scores.shared(q, s[0], subset._scores.level(noise, locality, None), torch.arange(5000))
+    weights = scores[0].double().softmax(-1).expand(60, -1, -1)
+    taken = weights.gather(2, support.rows.clamp(min=0)) * support.log_q.double().exp() * (support.rows >= 0)
+    sums = taken.sum(-1)
+    assert bool(((sums.mean(0) - 1).abs() < 5 * sums.std(0) / 60**0.5 + 1e-6).all())
+    assert float(sums.std(0).median()) < 0.1
 
 
 def test_one_seed_one_image_also_when_searching(small):

@@ -217,7 +217,7 @@ class LocalSubset(Subset):
         """The cells of a level, found when they are first needed and kept with the bank."""
 
         def find() -> dict[str, Tensor]:
-            return Cells.find(self._scores.reader(level), self.bank.keys, level.inputs, level.weights)
+            return Cells.find(self._scores.reader(level), self.bank.keys.cpu(), level.inputs.cpu(), level.weights.cpu())
 
         def compute() -> tuple[Cells, int]:
             kept = self.bank.keep(f"cells-{level.name}", find, remember=False)

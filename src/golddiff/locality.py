@@ -239,6 +239,9 @@ class Window(Masked):
         plane = (near[0][:, None, :, None] & near[1][None, :, None, :]).reshape(height * width, -1)
         return plane.repeat(channels, channels)
 
+    def name(self, noise: Noise, label: int | None = None) -> str:
+        return _short_hash(f"window {self.windows(noise)} {int(noise.angle)}")
+
     def runs(self, noise: Noise, label: int | None = None, tiles: Tensor | None = None) -> list[MaskRuns] | None:
         # box sums need no mask, so for large images none is made
         return super().runs(noise, label, tiles) if math.prod(self.shape) ** 2 <= LARGEST_MASK else None
@@ -325,8 +328,7 @@ class PCAMask(Masked):
         return label if self.statistics == "class" else None
 
     def name(self, noise: Noise, label: int | None = None) -> str:
-        what = f"{self.rule} {self.threshold!r} {self.statistics_of(label)} {int(noise.angle)}"
-        return hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
+        return _short_hash(f"{self.rule} {self.threshold!r} {self.statistics_of(label)} {int(noise.angle)}")
 
     def mask(self, noise: Noise, label: int | None = None) -> Tensor:
         name = f"mask-{self.name(noise, label)}"
@@ -373,6 +375,10 @@ class PCAMask(Masked):
         for part, ratio in ratios():
             mask[:, part] = ratio.abs_() >= self.threshold * largest
         return mask
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _pack(mask: Tensor) -> Tensor:

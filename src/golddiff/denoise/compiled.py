@@ -86,20 +86,30 @@ def _work(
     log_q: list[Tensor] = []
     chunks: list[tuple[int, int, int]] = []
     held = 0
-    for b in images:
-        for part, added in zip(
-            support.rows_of(b, tile).split(most), support.log_q_of(b, tile).split(most), strict=True
-        ):
-            if held and held + len(part) > most:
-                yield torch.cat(rows).numpy(), torch.cat(log_q).numpy(), np.array(chunks)
-                rows, log_q, chunks, held = [], [], [], 0
-            end = held + len(part)
-            chunks += [(b, first, min(first + chunk, end)) for first in range(held, end, chunk)]
-            rows.append(part)
-            log_q.append(added)
-            held = end
+    for b, part, added in _pieces(support, tile, images, most):
+        if held and held + len(part) > most:
+            yield torch.cat(rows).numpy(), torch.cat(log_q).numpy(), np.array(chunks)
+            rows, log_q, chunks, held = [], [], [], 0
+        end = held + len(part)
+        chunks += [(b, first, min(first + chunk, end)) for first in range(held, end, chunk)]
+        rows.append(part)
+        log_q.append(added)
+        held = end
     if held:
         yield torch.cat(rows).numpy(), torch.cat(log_q).numpy(), np.array(chunks)
+
+
+def _pieces(support: Support, tile: int, images: list[int], most: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yields an image, some of its rows and their `log_q`; rows that images share come for all of them before others,
+    so that a bank which does not fit into memory is read once."""
+    if support.shared:
+        rows, log_q = support.rows_of(images[0], tile), support.log_q_of(images[0], tile)
+        for part, added in zip(rows.split(most), log_q.split(most), strict=True):
+            yield from ((b, part, added) for b in images)
+    else:
+        for b in images:
+            rows, log_q = support.rows_of(b, tile), support.log_q_of(b, tile)
+            yield from ((b, *pair) for pair in zip(rows.split(most), log_q.split(most), strict=True))
 
 
 def _sums(
@@ -139,7 +149,10 @@ def _merged(
     images: np.ndarray, peaks: np.ndarray, totals: np.ndarray, squares: np.ndarray, means: np.ndarray
 ) -> tuple[np.ndarray, ...]:
     """Images without repetition, and one peak, total, sum of squares and weighted sum of each, `(B, P)`, from those of
-    several sets of rows, `(n, P)`; `images` `(n,)` ascend."""
+    several sets of rows, `(n, P)`; `images` `(n,)`."""
+    if (images[1:] < images[:-1]).any():
+        order = np.argsort(images, kind="stable")
+        images, peaks, totals, squares, means = (part[order] for part in (images, peaks, totals, squares, means))
     begins = np.flatnonzero(np.r_[True, images[1:] != images[:-1]])
     peak = np.maximum.reduceat(peaks, begins)
     shrink = np.exp(peaks - peak.repeat(np.diff([*begins, len(images)]), 0))

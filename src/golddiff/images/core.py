@@ -62,7 +62,7 @@ class Images:
                 return reader.submit(self.read, start, min(start + size, len(self)))
 
             coming = [reading(start) for start in starts[:1]]
-            for start, following in zip(starts, [*starts[1:], None], strict=True):
+            for start, following in zip(starts, [*starts[1:], None], strict=False):
                 block = coming.pop().result()
                 if following is not None:
                     coming.append(reading(following))
