@@ -181,7 +181,7 @@ def test_leading_eigenvectors_make_the_same_masks(monkeypatch):
     for module in (bank_module, spectrum):
         monkeypatch.setattr(module, "LARGEST_EIGENBASIS", 8)
     monkeypatch.setattr(spectrum, "LEADING", 32)
-    large = gd.Bank.build("digits", limit=1797)  # another place in the cache
+    large = gd.Bank.build(bank.pixels.numpy(), layout="NCHW")
     statistics = large.spectrum()
     assert isinstance(statistics, spectrum.DenseCovariance)
     assert torch.allclose(statistics.leading.eigenvalues, bank.spectrum().eigenvalues[-32:], rtol=1e-4)

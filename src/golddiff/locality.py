@@ -37,6 +37,7 @@ __all__ = [
 MASK_RULES = ("output", "correlation", "published")
 BYTES_IN_MEMORY = 2**28
 LARGEST_MASK = 2**28  # entries of a window's mask
+WORTH_KEEPING = 4096  # pixels from which runs of a mask are kept with the bank
 TILE = 1024  # pixels of one prefix sum, see kernels.py
 Sums = Callable[..., Tensor]
 PUBLISHED_WINDOWS = list(zip(EDM().times(18), [32] * 7 + [23, 15, 11, 7, 5] + [3] * 6, strict=True))
@@ -113,6 +114,24 @@ class MaskRuns:
         blocks = begins.clamp(max=last).unique().numpy()
         return MaskRuns(inputs.numpy(), outputs.numpy(), blocks, start, ends, int(chosen.sum(0).max()))
 
+    @staticmethod
+    def packed(parts: list[MaskRuns]) -> dict[str, Tensor]:
+        """Several as tensors, to be kept with a bank."""
+        arrays = {
+            f"{i} {name}": np.asarray(value) for i, part in enumerate(parts) for name, value in vars(part).items()
+        }
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    @staticmethod
+    def unpacked(tensors: dict[str, Tensor]) -> list[MaskRuns]:
+        """What `packed` has packed."""
+        names = ("inputs", "outputs", "blocks", "start", "ends")
+        parts = []
+        for i in range(len(tensors) // (len(names) + 1)):
+            inputs, outputs, blocks, start, ends = (tensors[f"{i} {name}"].numpy() for name in names)
+            parts.append(MaskRuns(inputs, outputs, blocks, start, ends, int(tensors[f"{i} largest"])))
+        return parts
+
     @property
     def nbytes(self) -> int:
         return self.start.nbytes + self.ends.nbytes + self.inputs.nbytes
@@ -146,16 +165,20 @@ class Masked(Locality):
         """The mask as runs, one set for each tile `(D,)` of output pixels, kept for recent noise levels; None for
         weights. Needs numba."""
 
-        def compute() -> tuple[list[MaskRuns] | None, int]:
-            mask = self.mask(noise, label)
-            if mask.dtype != torch.bool:
-                return None, 0
-            members = [None] if tiles is None else [(tiles == t).nonzero()[:, 0] for t in range(int(tiles.max()) + 1)]
-            runs = [MaskRuns.of(mask, outputs) for outputs in members]
-            return runs, sum(part.nbytes for part in runs)
+        count = 0 if tiles is None else int(tiles.max()) + 1
 
-        key = (int(noise.angle), self.statistics_of(label), 0 if tiles is None else int(tiles.max()) + 1)
-        return self._recent_runs.get(key, compute)
+        def compute() -> tuple[list[MaskRuns] | None, int]:
+            runs = self._runs(noise, label, tiles, count)
+            return runs, 0 if runs is None else sum(part.nbytes for part in runs)
+
+        return self._recent_runs.get((int(noise.angle), self.statistics_of(label), count), compute)
+
+    def _runs(self, noise: Noise, label: int | None, tiles: Tensor | None, count: int) -> list[MaskRuns] | None:
+        mask = self.mask(noise, label)
+        if mask.dtype != torch.bool:
+            return None
+        members = [None] if tiles is None else [(tiles == t).nonzero()[:, 0] for t in range(count)]
+        return [MaskRuns.of(mask, outputs) for outputs in members]
 
     def statistics_of(self, label: int | None) -> int | None:
         """The class whose statistics make the mask, if any."""
@@ -339,6 +362,15 @@ class PCAMask(Masked):
 
         kept = self._recent.get(name, compute)
         return kept if kept.is_floating_point() else _unpack(kept, self.bank.D)
+
+    def _runs(self, noise: Noise, label: int | None, tiles: Tensor | None, count: int) -> list[MaskRuns] | None:
+        if self.bank.D < WORTH_KEEPING or (self.rule == "published" and self.threshold == 0):
+            return super()._runs(noise, label, tiles, count)
+
+        def compute() -> dict[str, Tensor]:
+            return MaskRuns.packed(super(PCAMask, self)._runs(noise, label, tiles, count) or [])
+
+        return MaskRuns.unpacked(self.bank.keep(f"runs-{count}-{self.name(noise, label)}", compute, remember=False))
 
     def _compute(self, name: str, noise: Noise, label: int | None) -> Tensor:
         """The mask, bit-packed and kept with the bank; or the ratios themselves, float."""

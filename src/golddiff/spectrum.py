@@ -130,7 +130,8 @@ class DenseCovariance(Statistics):
     def leading(self) -> Spectrum:
         """The leading eigenvectors, and the others as equal."""
         rest = (self.variances.sum() - self.eigenvalues.sum()).clamp(min=0) / (len(self.mean) - len(self.eigenvalues))
-        return Spectrum(self.mean, self.variances, self.eigenvalues, self.eigenvectors, rest)
+        vectors = self.eigenvectors * self.varying[:, None]
+        return Spectrum(self.mean, self.variances, self.eigenvalues, vectors, rest)
 
     def filter(self, alpha: float, sigma: float) -> tuple[Tensor, Callable[[], Iterator[tuple[slice, Tensor]]]]:
         size = len(self.mean)
