@@ -39,7 +39,7 @@ __all__ = ["LocalSubset", "Plan"]
 
 FEWEST = 16  # rows of a tile
 SCORES_AT_ONCE = 2**26
-SCORED = 2**16  # a bank of up to so many rows is scored whole
+SCORED = 2**17  # a bank of up to so many rows is scored whole
 POOL, POOL_SCORES = 2**17, 2**20  # rows of a pool, and their scores for all tiles, at most
 SPARE = 4.0  # how much larger a pool is than the posterior needs
 SEARCHED = 3 * 2**13  # rows of a tile that a search scores

@@ -71,8 +71,8 @@ def denoiser(name: str, bank: Bank, **options: Any) -> Denoiser:
             `reference` (a random pool, then the nearest) and `paper` (the nearest of all).
         budget: `paper`, or `auto`: as many rows as `tol` needs (the default of local and certified).
         tol: root mean square error of a pixel (range 2) that is aimed at (local, 0.01) or held (certified, 0.001).
-        search: rows of a tile that local retrieval scores where it has to search a bank of more than 65,536 rows; more
-            cost time and leave less to chance; 0 scores all (default 24,576).
+        search: rows of a tile that local retrieval scores where it has to search a bank of more than 131,072 rows;
+            more cost time and leave less to chance; 0 scores all (default 24,576).
         k_min, k_max, m_min, m_max: sizes of golden subset and candidates; rows, or fractions of the eligible
             rows. Defaults 1/20, 1/10, k_max, and all (`reference`) or 1/4 (`paper`).
         threshold, mask_rule: of the PCA mask, see `PCAMask`.
