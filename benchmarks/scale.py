@@ -127,8 +127,8 @@ def measured(bank: gd.Bank, locality: Locality, clean: torch.Tensor, rounds: int
 
 
 def masks(few: gd.Bank, many: gd.Bank) -> str:
-    """How far masks agree (Jaccard index): those of two samples of rows; and those of the whole covariance with those of
-    its leading eigenvectors, the others taken as equal."""
+    """How far masks agree (Jaccard index): those of two samples of rows; and those of the covariance itself with those
+    of its leading eigenvectors, the others taken as equal."""
     lines = ["| t | two samples | leading eigenvectors | gain of the largest left out |", "|---|---|---|---|"]
     localities = [gd.denoiser("golddiff", bank).locality for bank in (few, many)]
     statistics_of_many = many.spectrum()
@@ -151,81 +151,6 @@ def mask_of(found: Statistics, noise: gd.Noise) -> torch.Tensor:
 def agree(a: torch.Tensor, b: torch.Tensor) -> float:
     """Jaccard index."""
     return float((a & b).sum() / (a | b).sum())
-
-
-def recalls(name: str) -> str:
-    """Recall for test images of a known bank, at all levels with tiles."""
-    denoise = gd.denoiser("golddiff", gd.Bank.build(name))
-    clean = gd.Bank.build(name, split="test", limit=IMAGES).images(slice(0, IMAGES))
-    lines = ["| t | recall, all tiles | narrow tiles | their share |", "|---|---|---|---|"]
-    for t in TIMES:
-        x_t, noise = noisy(t, clean)
-        r = recall(denoise.subset, denoise.locality, x_t, noise)
-        lines.append(f"| {t} | {r['all']:.3f} | {r['narrow']:.3f} | {r['narrow tiles']:.2f} |")
-    return "\n".join(lines)
-
-
-def measured(bank: gd.Bank, locality: Locality, clean: torch.Tensor, rounds: int, check: bool) -> list[dict]:
-    """What each level costs, and how exact it is."""
-    subset = LocalSubset(bank)
-    denoise = MaskedDenoiser(bank, locality, subset)
-    pixels = torch.randperm(bank.D, generator=torch.Generator().manual_seed(0))[:PIXELS].sort().values
-    rows = []
-    for t in TIMES:
-        x_t, noise = noisy(t, clean)
-        plan = subset.plan(noise, locality)
-        many = x_t.repeat(BATCH // len(x_t), 1, 1, 1)
-        denoise(many, noise, seed=range(BATCH))
-        seconds, errors, read = [], [], bank.bytes_read
-        for i in range(rounds):
-            began = time.perf_counter()
-            found = denoise(many, noise, seed=range(BATCH * i, BATCH * (i + 1)))
-            seconds.append((time.perf_counter() - began) / BATCH)
-            errors.append(found.mean.flatten(1)[:, pixels].double())
-        row = {
-            "t": t,
-            "plan": plan.kind,
-            "scored": plan.rows,
-            "rows": found.support.size,
-            "seconds": statistics.median(seconds),
-            "megabytes": (bank.bytes_read - read) / rounds / BATCH / 1e6,
-        }
-        if t in COMPARED:
-            exact = exact_mean(bank, locality, x_t, noise, pixels).repeat(BATCH // len(x_t), 1)
-            row["mse"] = float(torch.stack([(mean - exact).square() for mean in errors]).mean())
-        if check and plan.kind == "search":
-            row["recall"] = recall(subset, locality, x_t[:2], noise)
-        print(json.dumps(row), flush=True)
-        rows.append(row)
-    return rows
-
-
-def masks(few: gd.Bank, many: gd.Bank) -> str:
-    """How far masks agree (Jaccard index) between two samples of rows, and between all eigenvectors and the leading
-    ones with the others as equal; and what they cost."""
-    lines = [
-        "| t | of two samples | leading eigenvectors | gain of the largest left out | seconds |",
-        "|---|---|---|---|---|",
-    ]
-    localities = [gd.denoiser("golddiff", bank).locality for bank in (few, many)]
-    found = many.spectrum()
-    largest = float(found.eigenvalues[0])
-    for t in (900, 700, 500, 400, 300, 0):
-        noise = SCHEDULE(t)
-        power = float(noise.rho) ** -2
-        own, others = (locality.mask(noise) for locality in localities)
-        began = time.perf_counter()
-        diagonal, columns = found.leading.filter(float(noise.alpha), float(noise.sigma))
-        short = torch.cat([w.abs() >= 0.05 * diagonal[part] for part, w in columns()], dim=1).fill_diagonal_(True)
-        seconds = time.perf_counter() - began
-
-        def agree(a: torch.Tensor, b: torch.Tensor) -> float:
-            return float((a & b).sum() / (a | b).sum())
-
-        lines.append(
-            f"| {t} | {agree(own, others):.3f} | {agree(others, short):.3f} | {largest * power:.4f} | {seconds:.0f} |"
-        )
-    return "\n".join(lines)
 
 
 def tables(results: dict[str, list[dict]]) -> str:
