@@ -128,6 +128,11 @@ class DenseCovariance(Statistics):
     eigenvalues: Tensor
     eigenvectors: Tensor
 
+    def _others_are_alike(self) -> bool:
+        """Whether what the leading eigenvectors leave of the variances is much the same for all pixels that vary."""
+        left = (self.variances - (self.eigenvectors.square() * self.eigenvalues).sum(1))[self.varying]
+        return bool((left >= left.mean() / 2).all() and (left <= left.mean() * 2).all())
+
     @property
     def leading(self) -> Spectrum:
         """The leading eigenvectors, and the others as equal."""
@@ -137,7 +142,7 @@ class DenseCovariance(Statistics):
 
     def filter(self, alpha: float, sigma: float) -> tuple[Tensor, Callable[[], Iterator[tuple[slice, Tensor]]]]:
         size = len(self.mean)
-        if float(self.eigenvalues[0]) * alpha**2 <= AGREES * sigma**2:
+        if float(self.eigenvalues[0]) * alpha**2 <= AGREES * sigma**2 and self._others_are_alike():
             return self.leading.filter(alpha, sigma)
         if alpha**2 * float(self.variances.sum()) < 1e-8 * sigma**2:  # A is sigma^2 I to double precision
             w = self.covariance / sigma**2
