@@ -91,9 +91,11 @@ def recalls(name: str) -> str:
     return "\n".join(lines)
 
 
-def measured(bank: gd.Bank, locality: Locality, clean: torch.Tensor, rounds: int, check: bool) -> list[dict]:
+def measured(
+    bank: gd.Bank, locality: Locality, clean: torch.Tensor, rounds: int, check: bool, search: int
+) -> list[dict]:
     """What each level costs, and how exact it is."""
-    subset = LocalSubset(bank)
+    subset = LocalSubset(bank, search=search)
     denoise = MaskedDenoiser(bank, locality, subset)
     pixels = torch.randperm(bank.D, generator=torch.Generator().manual_seed(0))[:PIXELS].sort().values
     rows = []
@@ -209,6 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("banks", nargs="*", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--search", type=int, default=SEARCHED, help="rows of a tile that are scored; 0 for all")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--masks", action="store_true", help="compare the masks of the two largest banks instead")
@@ -226,7 +229,7 @@ def main() -> None:
     results = {}
     for bank in banks:
         print(bank, f"on {platform.machine()}, {torch.get_num_threads()} threads", flush=True)
-        results[str(len(bank))] = measured(bank, locality, clean, args.rounds, bank is banks[-1])
+        results[str(len(bank))] = measured(bank, locality, clean, args.rounds, bank is banks[-1], args.search)
         if args.json:
             args.json.write_text(json.dumps(results, indent=1))
     print(tables(results))
