@@ -243,6 +243,17 @@ def test_a_pool_where_it_is_broad_and_a_search_where_it_is_not(small):
     assert {scored.subset.plan(SCHEDULE(t), scored.locality).kind for t in (900, 400, 0)} == {"all"}
 
 
+def test_a_search_scores_more_than_are_wanted(small):
+    noise, kinds = SCHEDULE(300), []
+    for tol in (0.05, 0.025, 0.01):
+        denoise = local(small, tol=tol, search=500)
+        plan, wanted = (f(noise, denoise.locality) for f in (denoise.subset.plan, denoise.subset.wanted))
+        kinds.append(plan.kind)
+        assert plan.rows >= min(2 * wanted, 5000)
+    assert kinds[0] == "search"
+    assert kinds[-1] == "all"
+
+
 @pytest.mark.parametrize("t", [900, 600, 300, 0])
 def test_scoring_some_rows_costs_little_accuracy(t, small):
     noise = SCHEDULE(t)

@@ -169,10 +169,12 @@ class Bank:
             "skip_broken": skip_broken,
         }
         from_path = isinstance(source, str | Path)
+        known = None  # what tells this source from others; to know it, all of its files are looked at
         if from_path and out is None:
             if (Path(source) / META).is_file():
                 return cls._open_as_is(Path(source), options)
             out = cached_path(source, options)
+            known = out.name
             if (out / META).exists() and not force:
                 return cls.open(out)
         elif out is not None:
@@ -187,7 +189,8 @@ class Bank:
                 return arrays.setdefault(name, np.empty(shape, dtype))
 
             return cls(arrays, fill(images, stated, in_memory, Journal(None, math.prod(images.shape)), progress))
-        known = stamp(source, options) if from_path or isinstance(source, Images) else secrets.token_hex(4)
+        if known is None:
+            known = stamp(source, options) if from_path or isinstance(source, Images) else secrets.token_hex(4)
         with growing_folder(out, known, lambda part: (part / JOURNAL).exists()) as folder:
             if folder is not None:
                 cls._fill_folder(folder, images, stated, progress)

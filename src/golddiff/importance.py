@@ -140,8 +140,9 @@ class LocalSubset(Subset):
         enough = math.ceil(SPARE * wanted / self._share(noise, level))
         if enough <= min(POOL, POOL_SCORES // len(level.counts)):
             return Plan("pool", enough)
-        searchable = eligible is None and level.name is not None
-        return Plan("search", self.search) if searchable else Plan("all", total)
+        rows = max(self.search, 2 * wanted)  # of which those that are wanted can be drawn
+        searchable = eligible is None and level.name is not None and 2 * rows < total
+        return Plan("search", rows) if searchable else Plan("all", total)
 
     def _share(self, noise: Noise, level: Level) -> float:
         """The share of the rows that the posterior rests on, that of the narrowest tenth of tiles and images: by scores

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ class Journal:
                 with np.load(path) as kept:
                     self.pixels, self.proxies = int(kept["pixels"]), int(kept["proxies"])
                     self.total = kept["total"]
-            except (OSError, ValueError, KeyError, EOFError) as error:
+            except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
                 raise GolddiffError(f"{path} is damaged ({error}): remove the folder {path.parent}") from error
 
     def note(self, *arrays: np.ndarray) -> None:

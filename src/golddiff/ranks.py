@@ -115,7 +115,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         return
     rank, size = place
     try:
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # what is agreed on lies on the CPU
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
