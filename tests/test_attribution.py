@@ -188,7 +188,7 @@ def test_statistics_may_stay(toy, rebuilt, name):
 
 @pytest.mark.parametrize("statistics", ["keep", "recompute"])
 def test_removal_from_golden_subsets(digits, statistics):
-    """Rows are drawn by scores in bytes, whose unit the rows decide: so near the exact posterior of those that stay, and
+    """Rows are drawn by scores in bytes, whose unit the rows decide: so near the exact posterior of those that stay,
     with none of those that do not."""
     gone = list(range(0, 1797, 5))
     view = digits.without(gone, statistics=statistics)
