@@ -49,6 +49,7 @@ from .spectrum import (
     Statistics,
     compute_covariance,
     compute_spectrum,
+    reduced_spectrum,
 )
 
 __all__ = ["Bank"]
@@ -58,6 +59,7 @@ DERIVED = "derived"
 DERIVED_FORMAT = 2  # to be raised when a formula of what is derived changes
 KEPT_IN_MEMORY = 4
 STATISTICS_ROWS = 2**16
+SUMMED_ANEW = 10_000  # statistics of fewer rows are summed anew when some are removed
 BLOCK_NUMBERS = 2**21  # of a block that stays in a processor's cache
 WORTH_COMPILING = 2**22  # pixels to compare from which a compiled loop is loaded
 ARRAYS = ("pixels", "labels", "ids", "keys", "centre", "norms", "proxy")
@@ -461,11 +463,26 @@ class Bank:
         """
         if self._whole is not None and not self._own_statistics:
             return self._whole.spectrum(label)
+        if self._whole is not None and label in (None, NO_LABEL) and self._few_are_gone():
+            return Spectrum(**self.keep("spectrum", lambda: vars(self._reduced())))
         rows = self._sampled(self.rows_of(label))
         name = "" if label in (None, NO_LABEL) else f"-{label}"
         if min(self.D, len(self) if rows is None else len(rows)) <= LARGEST_EIGENBASIS:
             return Spectrum(**self.keep(f"spectrum{name}", lambda: vars(compute_spectrum(self._rows_for(rows)))))
         return DenseCovariance(**self.keep(f"covariance{name}", lambda: vars(compute_covariance(self._rows_for(rows)))))
+
+    def _few_are_gone(self) -> bool:
+        """Whether it is less work to take what was removed out of the statistics than to sum over what is left."""
+        if len(self.pixels) > STATISTICS_ROWS or self.D > LARGEST_EIGENBASIS:
+            return False
+        return len(self.pixels) >= SUMMED_ANEW and 2 * len(self.removed) < len(self.pixels)
+
+    def _reduced(self) -> Spectrum:
+        assert self._whole is not None  # noqa: S101 - asked for of views only
+        whole = self._whole.spectrum()
+        assert isinstance(whole, Spectrum)  # noqa: S101 - of this size it is
+        gone = self._whole.images(self.removed, torch.float64).flatten(1)
+        return reduced_spectrum(whole, len(self.pixels), gone.cpu())
 
     def _sampled(self, rows: Tensor | None) -> Tensor | None:
         """The rows whose statistics are taken."""
