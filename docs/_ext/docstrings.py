@@ -13,7 +13,7 @@ from sphinx.util.typing import ExtensionMetadata
 
 def only_public(app: Sphinx, what: str, name: str, item: Any, skip: bool, options: Any) -> bool | None:
     """Leaves out what `__all__` does not name; with `ignore-module-all`, since Sphinx would take its order too."""
-    module = sys.modules.get(getattr(item, "__module__", None) or "")
+    module = sys.modules.get(app.env.current_document.autodoc_module)
     return True if what == "module" and name not in getattr(module, "__all__", [name]) else None
 
 
