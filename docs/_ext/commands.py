@@ -12,6 +12,8 @@ from sphinx.util.typing import ExtensionMetadata
 
 from golddiff.cli import app as golddiff
 
+WIDTH = 88
+
 
 def helps(command: click.Command, context: click.Context) -> Iterator[tuple[str, str]]:
     """Yields the full name and the help of a command and of all below it."""
@@ -20,7 +22,7 @@ def helps(command: click.Command, context: click.Context) -> Iterator[tuple[str,
         for name in command.list_commands(context):
             below = command.get_command(context, name)
             if below is not None and not below.hidden:
-                yield from helps(below, click.Context(below, info_name=name, parent=context, max_content_width=100))
+                yield from helps(below, click.Context(below, info_name=name, parent=context, terminal_width=WIDTH))
 
 
 class Commands(Directive):
@@ -28,7 +30,8 @@ class Commands(Directive):
 
     def run(self) -> list[nodes.Node]:
         sections: list[nodes.Node] = []
-        for name, text in helps(golddiff, click.Context(golddiff, info_name="golddiff", max_content_width=100)):
+        context = click.Context(golddiff, info_name="golddiff", terminal_width=WIDTH, **golddiff.context_settings)
+        for name, text in helps(golddiff, context):
             section = nodes.section("", nodes.title("", name), ids=[nodes.make_id(name)], names=[name])
             section += nodes.literal_block(text, text, language="text")
             sections.append(section)
