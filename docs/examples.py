@@ -2,13 +2,15 @@
 
     python docs/examples.py docs/tutorial.md docs/pictures
 
-makes the pictures of the tutorial. A block after `<!-- skip: why -->` is left out. A `text` block right after a Python
-block is what it prints; numbers may differ by 2 %, as processors round differently.
+makes the pictures of the tutorial. A block after `<!-- skip: why -->` is left out, one after `<!-- needs: deepinv -->`
+where that package is not there. A `text` block right after a Python block is what it prints; numbers may differ by 2 %,
+as processors round differently.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import itertools
 import linecache
@@ -20,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-BLOCK = re.compile(r"(?P<skip><!-- skip: [^\n]+ -->\n+)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(
+    r"(?:<!-- (?P<mark>skip|needs): (?P<what>[^\n]+) -->\n+)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S
+)
 CLOSE = 0.02
 
 
@@ -41,12 +45,18 @@ def blocks(page: Path) -> list[Block]:
     found = list(BLOCK.finditer(text))
     out = []
     for match, following in itertools.zip_longest(found, found[1:]):
-        adjacent = following is not None and following["language"] == "text" and not following["skip"]
+        adjacent = following is not None and following["language"] == "text" and not following["mark"]
         printed = adjacent and not text[match.end() : following.start()].strip()
         line = text.count("\n", 0, match.start("code")) + 1
         prints = following["code"] if printed else None
-        out.append(Block(match["language"], match["code"], line, bool(match["skip"]), prints))
+        out.append(Block(match["language"], match["code"], line, skipped(match["mark"], match["what"]), prints))
     return out
+
+
+def skipped(mark: str | None, what: str | None) -> bool:
+    """Whether a block is left out for its mark."""
+    missing = mark == "needs" and not all(map(importlib.util.find_spec, (what or "").split(", ")))
+    return mark == "skip" or missing
 
 
 def run(page: Path) -> None:

@@ -47,9 +47,12 @@ def test_examples_are_read_and_compared(tmp_path):
     page.write_text(
         "```python\nx = 2\nprint(x, 'cats')\n```\n\n```text\n2.01 cats\n```\n\n"
         "<!-- skip: it never ends -->\n```python\nwhile True: pass\n```\n\n```sh\nls\n```\n"
+        "<!-- needs: torch, no_such_package -->\n```python\n1 / 0\n```\n"
+        "<!-- needs: torch -->\n```python\nx += 1\n```\n"
     )
-    first, printed, skipped, shell = blocks(page)
+    first, printed, skipped, shell, missing, there = blocks(page)
     assert (first.prints, printed.language, skipped.skipped, shell.language) == ("2.01 cats\n", "text", True, "sh")
+    assert (missing.skipped, there.skipped) == (True, False)
     assert first.line == 2
     run(page)
     page.write_text(page.read_text().replace("2.01", "2.1"))

@@ -37,7 +37,17 @@ def one_each(app: Sphinx, what: str, name: str, item: Any, options: Any, lines: 
     lines[:] = "\n".join(lines).split("\n")
 
 
+def without_private(
+    app: Sphinx, what: str, name: str, item: Any, options: Any, signature: str | None, returns: str | None
+) -> tuple[str, str | None] | None:
+    """Cuts fields that begin with an underscore, which are a class's last, from its signature."""
+    if signature is None or ", _" not in signature:
+        return None
+    return signature[: signature.index(", _")] + ")", returns
+
+
 def setup(app: Sphinx) -> ExtensionMetadata:
     app.connect("autodoc-skip-member", only_public)
+    app.connect("autodoc-process-signature", without_private)
     app.connect("autodoc-process-docstring", one_each, priority=400)  # before napoleon
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
