@@ -22,7 +22,7 @@ format: $(VENV)/dev.done
 	$(BIN)/ruff format .
 
 docs: $(VENV)/docs.done ## the documentation as HTML, in docs/_build/html
-	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+	$(BIN)/sphinx-build -q -W --keep-going -b html -d docs/_build/trees docs docs/_build/html
 
 WHEEL := build/wheel
 check-wheel: ## the wheel in an empty environment, used from a folder outside of the repository
