@@ -128,7 +128,7 @@ class Bank:
 
     @cached_property
     def compiled(self) -> bool:
-        """Whether compiled loops can read the rows: uint8 on the CPU, and the extra `fast` is there."""
+        """Whether compiled loops can read the rows, uint8 on the CPU, and the extra `fast` is there."""
         return self.is_uint8 and self.device.type == "cpu" and importlib.util.find_spec("numba") is not None
 
     @cached_property
