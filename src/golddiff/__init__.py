@@ -17,6 +17,7 @@ from .concentrate import concentrate
 from .denoise import Denoiser, denoiser
 from .errors import GolddiffError
 from .images import Images, open_source
+from .latents import Latents, latents
 from .noise import DDPM, EDM, Cosine, DiffusersSchedule, Flow, Noise, Schedule
 from .oracle import Oracle, oracle
 from .posterior import Posterior
@@ -38,6 +39,7 @@ __all__ = [
     "GolddiffError",
     "Heun",
     "Images",
+    "Latents",
     "Noise",
     "Oracle",
     "Posterior",
@@ -48,6 +50,7 @@ __all__ = [
     "compare",
     "concentrate",
     "denoiser",
+    "latents",
     "open_source",
     "oracle",
     "sample",

@@ -15,6 +15,7 @@ from .denoise import METHODS, Denoiser, denoiser
 from .errors import GolddiffError, unknown
 from .files import replacing
 from .images import NO_LABEL
+from .latents import reopened
 from .noise import SCHEDULES
 from .sample import SAMPLERS, levels_from, sampler_named
 
@@ -193,6 +194,8 @@ def open_bank(stated: Any, **building: Any) -> Bank:
         raise GolddiffError(f"the recipe's bank was built from an array and is not at {path}: name one before --recipe")
     keys = ("split", "size", "limit", "layout", "flip", "skip_broken")
     options = {key: stated[key] for key in keys if stated.get(key) is not None}
+    if stated.get("latents"):
+        options["latents"] = reopened(stated["latents"])
     return check_fingerprint(Bank.build(stated["name"], progress=True, **options), wanted)
 
 
