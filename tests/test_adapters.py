@@ -204,6 +204,15 @@ def test_a_saved_pipeline_comes_back(digits, tmp_path):
         GoldDiffPipeline.from_pretrained(tmp_path / "saved")
 
 
+def test_a_pipeline_stays_float32(toy):
+    pipe = GoldDiffPipeline.from_pretrained(toy)
+    assert pipe.to("cpu") is pipe
+    assert (pipe.device, pipe.dtype) == (torch.device("cpu"), torch.float32)
+    for wrong in ((torch.float16,), ("cpu", torch.float16)):
+        with pytest.raises(gd.GolddiffError, match="give a device; images stay float32"):
+            pipe.to(*wrong)
+
+
 def test_a_pipeline_that_cannot_be_saved(toy, tmp_path):
     with pytest.raises(gd.GolddiffError, match="over a bank in a folder"):
         GoldDiffPipeline.from_pretrained(toy).save_pretrained(tmp_path)

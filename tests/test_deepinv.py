@@ -1,6 +1,8 @@
 """Denoisers as deepinv's: its conventions, and its own solvers with them."""
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,3 +120,16 @@ def test_proximal_gradient_runs_under_autograd(held_out):
 
 def test_nobody_else_sees_the_stand_in():
     assert "torchvision" not in sys.modules or sys.modules["torchvision"].__spec__.origin
+
+
+def test_examples_of_the_docs_run():
+    pytest.importorskip("diffusers")
+    text = (Path(__file__).parents[1] / "docs" / "adapters.md").read_text()
+    names = {}
+    torch.manual_seed(0)
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "docs/adapters.md", "exec"), names)  # noqa: S102 - our own examples
+    assert [picture.size for picture in names["pictures"]] == [(28, 28)] * 4
+    assert names["threes"].shape == names["noise"].shape == names["draw"].shape == names["denoised"].shape
+    assert names["images"].shape == (2, 1, 28, 28)
+    assert psnr(names["draw"], names["x"]) > psnr(names["y"], names["x"]) + 2

@@ -111,10 +111,12 @@ class GoldDiffPipeline(DiffusionPipeline):
         """Images are float32 unless `latents` are float64."""
         return torch.float32
 
-    def to(self, device: str | torch.device) -> Self:
+    def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Self:
         """Brings the bank to a device."""
-        if self._recipe is None or not isinstance(device, str | torch.device):
-            raise GolddiffError("give a device, to a pipeline that from_pretrained made")
+        if self._recipe is None:
+            raise GolddiffError("this pipeline was given its denoiser: make it with from_pretrained, or move the bank")
+        if not isinstance(device, str | torch.device) or dtype != torch.float32:
+            raise GolddiffError(f"to({device}, {dtype}): give a device; images stay float32")
         bank = self.denoiser.bank.to(device)
         if bank is not self.denoiser.bank:
             self.denoiser = denoiser(self._recipe["method"], bank, **self._recipe["options"])
