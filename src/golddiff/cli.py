@@ -337,7 +337,7 @@ def compare_command(source: str | None, **given: Any) -> None:
 
 def _held_out(source: str, held: Bank, count: int, building: dict[str, Any]) -> torch.Tensor | None:
     """The first images of the test part of a source, in [-1, 1]; None where there is none."""
-    if count < 1 or building["split"] != "train" or (Path(source) / "bank.json").is_file():
+    if count < 1 or held.is_latent or building["split"] != "train" or (Path(source) / "bank.json").is_file():
         return None
     try:
         options = {key: building[key] for key in ("size", "layout", "skip_broken")}

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..bank import Bank
 from ..denoise import Denoiser, denoiser
 from ..errors import GolddiffError, unknown
+from ..files import replacing
 from ..noise import DDPM, Noise, noise_of_sigma, noise_of_table, scheduler_kind
 from ..posterior import Posterior
 from ..recipe import open_bank
@@ -44,7 +45,7 @@ class GoldDiffPipeline(DiffusionPipeline):
     Arguments:
         scheduler: see `golddiff.noise.scheduler_kind`.
         denoiser: any denoiser of golddiff.
-        recipe: what `save_pretrained` keeps of it: `method` and `options`.
+        recipe: the `method` and `options` that made it, if it is to be saved or moved.
     """
 
     _callback_tensor_inputs = ("latents", "denoised")
@@ -80,7 +81,7 @@ class GoldDiffPipeline(DiffusionPipeline):
         return cls(scheduler, denoiser(method, held, **options), {"method": method, "options": options})
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:  # type: ignore[override]
-        """Writes the scheduler's configuration, and which bank, method and options: no images.
+        """Writes the scheduler's configuration, and which bank, method and options (all of them): no images.
 
         Raises:
             GolddiffError: the bank lives in memory, or an option cannot be written down.
@@ -90,12 +91,14 @@ class GoldDiffPipeline(DiffusionPipeline):
             raise GolddiffError("only a pipeline from_pretrained over a bank in a folder is saved: build it with out=")
         known = {**bank.source, "path": str(bank.path.resolve()), "fingerprint": bank.fingerprint}
         try:
-            text = json.dumps({"bank": known, **self._recipe}, indent=1)
+            said = {"bank": known, "method": self._recipe["method"], "options": self.denoiser.options}
+            text = json.dumps(said, indent=1)
         except TypeError as error:
             raise GolddiffError(f"an option cannot be saved ({error}): leave it out and give it later") from error
         folder = Path(save_directory)
         self.scheduler.save_pretrained(folder / "scheduler")
-        (folder / RECIPE).write_text(text + "\n")
+        with replacing(folder / RECIPE) as part:
+            part.write_text(text + "\n")
 
     @property
     def device(self) -> torch.device:
