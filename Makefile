@@ -45,8 +45,10 @@ $(VENV)/demo.done: $(VENV)/torch.done pyproject.toml
 	$(PIP) -e '.[demo]'
 	touch $@
 
+# deepinv by itself: it asks for torchvision, which nothing here needs (the tests stand in for it)
 $(VENV)/dev.done: $(VENV)/torch.done pyproject.toml
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps deepinv
 	touch $@
 
 $(VENV)/docs.done: $(VENV)/torch.done pyproject.toml

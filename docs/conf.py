@@ -17,7 +17,8 @@ exclude_patterns = ["_build"]
 nitpicky = True
 # types of other libraries have no pages here, and the site is built without a network
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|numpy|np|collections|pathlib|click|typing|PIL|abc|os)\..*"),
+    (r"py:.*", r"(torch|numpy|np|collections|pathlib|click|typing|PIL|abc|os|diffusers|deepinv|dinv)\..*"),
+    (r"py:class", r"Tensor|UNet2DOutput"),  # of modules whose libraries are not there
 ]
 suppress_warnings = ["config.cache"]
 
@@ -34,6 +35,7 @@ autodoc_default_options = {
 }
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
+autodoc_mock_imports = ["diffusers", "deepinv"]  # extras that the site is built without
 autodoc_class_signature = "mixed"
 napoleon_numpy_docstring = False
 

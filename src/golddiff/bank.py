@@ -27,6 +27,8 @@ from tqdm import tqdm
 from .errors import GolddiffError, unknown
 from .files import growing_folder, hash_file, replacing
 from .images import NO_LABEL, Images, open_source
+from .latents import Latents, reopened, same_as
+from .latents import latents as latents_in
 from .noise import Noise
 from .prepare import (
     BLOCK,
@@ -109,6 +111,7 @@ class Bank:
         self.removed = torch.empty(0, dtype=torch.int64, device=self.device)
         self._whole: Bank | None = None
         self._own_statistics = True
+        self._latents: Latents | None = None
 
     def __len__(self) -> int:
         return len(self.pixels) - len(self.removed)
@@ -125,6 +128,30 @@ class Bank:
     @property
     def device(self) -> torch.device:
         return self.pixels.device
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether its rows are latents of pictures, which `decode` brings back."""
+        return self.source.get("latents") is not None
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Pictures `(B, C, H, W)` of images in the bank's space: decoded latents, or `x` itself in a bank of pictures.
+
+        Raises:
+            GolddiffError: the autoencoder is gone, or was two callables of another process.
+        """
+        if not self.is_latent:
+            return x
+        if self._latents is None:
+            self._latents = reopened(self.source["latents"])
+        return self._latents.decode(x)
+
+    def with_latents(self, given: Latents | str | Path) -> Bank:
+        """This bank, decoding by these latents, which must be those it was built with (a folder may have moved)."""
+        if not self.is_latent:
+            raise GolddiffError("this bank holds pictures, not latents: leave latents out, or build it with them")
+        self._latents = same_as(self.source["latents"], given if isinstance(given, Latents) else latents_in(given))
+        return self
 
     @cached_property
     def compiled(self) -> bool:
@@ -151,6 +178,7 @@ class Bank:
         layout: str | None = None,
         flip: bool = False,
         skip_broken: bool = False,
+        latents: Latents | str | Path | None = None,
         force: bool = False,
         progress: bool = False,
     ) -> Bank:
@@ -162,6 +190,8 @@ class Bank:
             out: folder of the bank. By default it goes to the cache (`$GOLDDIFF_CACHE`); a bank of an array or
                 data set without `out` lives in memory.
             labels, split, size, limit, layout, flip, skip_broken: see `golddiff.open_source`.
+            latents: hold the latents of the pictures: `golddiff.Latents`, or the folder of an autoencoder. For a bank
+                that is built already, what decodes it, if its folder has moved.
             force: replace `out` if it exists.
             progress: show progress bars.
 
@@ -176,36 +206,44 @@ class Bank:
             "flip": flip,
             "skip_broken": skip_broken,
         }
+        coder = latents if latents is None or isinstance(latents, Latents) else latents_in(latents)
         from_path = isinstance(source, str | Path)
+        telling = options if coder is None else {**options, "latents": coder.identity}
         known = None  # what tells this source from others; to know it, all of its files are looked at
         if from_path and out is None:
             if (Path(source) / META).is_file():
-                return cls._open_as_is(Path(source), options)
-            out = cached_path(source, options)
+                return cls._open_as_is(Path(source), options)._decoding(coder)
+            out = cached_path(source, telling)
             known = out.name
             if (out / META).exists() and not force:
-                return cls.open(out)
+                return cls.open(out)._decoding(coder)
         elif out is not None:
             _check_free(Path(out), force)
         out = None if out is None else Path(out)
         images = open_source(source, labels=labels, **options)
-        stated = {"name": source_name(source) if from_path else "array", **options}
+        stated: dict[str, Any] = {"name": source_name(source) if from_path else "array", **options}
+        if coder is not None:
+            images, stated["latents"] = coder.encoded(images), coder.stated
         if out is None:
             arrays: dict[str, np.ndarray] = {}
 
             def in_memory(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
                 return arrays.setdefault(name, np.empty(shape, dtype))
 
-            return cls(arrays, fill(images, stated, in_memory, Journal(None, math.prod(images.shape)), progress))
+            meta = fill(images, stated, in_memory, Journal(None, math.prod(images.shape)), progress)
+            return cls(arrays, meta)._decoding(coder)
         if known is None:
-            known = stamp(source, options) if from_path or isinstance(source, Images) else secrets.token_hex(4)
+            known = stamp(source, telling) if from_path or isinstance(source, Images) else secrets.token_hex(4)
         with growing_folder(out, known, lambda part: (part / JOURNAL).exists()) as folder:
             if folder is not None:
                 cls._fill_folder(folder, images, stated, progress)
         bank = cls.open(out)
         if {key: bank.source.get(key) for key in stated} != stated:
             raise GolddiffError(f"{out} has meanwhile been built from something else: choose another folder")
-        return bank
+        return bank._decoding(coder)
+
+    def _decoding(self, coder: Latents | None) -> Bank:
+        return self if coder is None else self.with_latents(coder)
 
     @classmethod
     def _fill_folder(cls, folder: Path, images: Images, stated: dict[str, Any], progress: bool) -> None:
@@ -307,7 +345,9 @@ class Bank:
             kept = "recompute" if self._own_statistics else "keep"
             return self._whole.to(device).without(self.removed, statistics=kept)
         arrays = {n: getattr(self, n) if n == "ids" else getattr(self, n).to(device) for n in ARRAYS}
-        return Bank(arrays, self.meta, self.path)
+        moved = Bank(arrays, self.meta, self.path)
+        moved._latents = self._latents
+        return moved
 
     def without(
         self, rows: Sequence[int] | Tensor = (), labels: Sequence[int] = (), *, statistics: str = "recompute"
