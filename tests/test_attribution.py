@@ -312,6 +312,14 @@ def test_jacobian_products_are_automatic_derivatives(digits):
     assert torch.allclose(pull(v)[0], posterior.vjp(v), atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["optimal", "pca", "wiener"])
+def test_gradients_flow_through_the_mean(toy, name):
+    denoiser, noise = gd.denoiser(name, toy), SCHEDULE(500)
+    x_t = noisy(toy, noise, rows=[0, 1])
+    assert torch.equal(denoiser.mean(x_t, noise, [1, -1]), denoiser(x_t, noise, [1, -1]).mean)
+    assert torch.autograd.gradcheck(lambda x: denoiser.mean(x, noise, [1, -1]), (x_t.requires_grad_(),))
+
+
 @pytest.mark.parametrize("t", [900, 400, 100])
 def test_posterior_covariance(toy, t):
     noise = SCHEDULE(t)

@@ -31,7 +31,7 @@ class GoldDiffDenoiser(deepinv.models.Denoiser):
 
     and the posterior mean is brought back to [0, 1]. Nothing is clipped: `x` may leave the range.
 
-    The result carries no gradient. Solvers that call their denoiser under autograd get a constant.
+    Gradients with respect to `x` flow, in closed form, for denoisers that have a derivative; none to `sigma`.
 
     Arguments:
         denoiser: any denoiser of golddiff; its bank decides the shape of the images and the device.
@@ -54,7 +54,4 @@ class GoldDiffDenoiser(deepinv.models.Denoiser):
         level = torch.as_tensor(sigma, dtype=torch.float64).detach().flatten()
         level = level[0] if len(level) == 1 else level
         label, seed = kwargs.get("label", self.label), kwargs.get("seed", self.seed)
-        with torch.no_grad():
-            posterior = self.denoiser(2 * x.detach() - 1, Noise(1.0, 2 * level), label, seed=seed)
-        mean: Tensor = (posterior.mean + 1) / 2
-        return mean
+        return (self.denoiser.mean(2 * x - 1, Noise(1.0, 2 * level), label, seed=seed) + 1) / 2

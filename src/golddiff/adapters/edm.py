@@ -51,7 +51,7 @@ class EDMDenoiser:
         self.label_dim = max(len(denoiser.bank.classes), int(denoiser.bank.labels.max()) + 1)
 
     def __call__(self, x: Tensor, sigma: Any, class_labels: Any = None, **_: Any) -> Tensor:
-        """The denoised images, `(B, C, H, W)` in [-1, 1], in the type of `x`; no gradient flows through.
+        """The denoised images, `(B, C, H, W)` in [-1, 1], in the type of `x`; gradients with respect to `x` flow.
 
         Arguments:
             x: `(B, C, H, W)`, clean images plus `sigma` times standard normal noise.
@@ -63,11 +63,9 @@ class EDMDenoiser:
         Raises:
             GolddiffError: wrong shapes, or labels that are not one-hot.
         """
-        level = torch.as_tensor(sigma, dtype=torch.float64).flatten()
+        level = torch.as_tensor(sigma, dtype=torch.float64).detach().flatten()
         level = level[0] if len(level) == 1 else level
-        with torch.no_grad():
-            posterior = self.denoiser(x.detach(), Noise(1.0, level), self._labels(class_labels), seed=self.seed)
-        return posterior.mean
+        return self.denoiser.mean(x, Noise(1.0, level), self._labels(class_labels), seed=self.seed)
 
     def round_sigma(self, sigma: Any) -> Tensor:
         """`sigma` as it is, as a tensor: there is no table of levels to round to."""
