@@ -8,9 +8,9 @@ from pathlib import Path
 import golddiff
 
 ORDER = [
-    "errors", "files", "ranks", "images", "latents", "noise", "proxy", "spectrum", "prepare", "kernels", "bank",
-    "locality", "golden", "scores", "drawing", "cells", "importance", "certified", "posterior", "denoise", "oracle",
-    "metrics", "sample", "calibrate", "concentrate", "training", "pictures", "recipe", "runs", "compare",
+    "errors", "files", "ranks", "images", "latents", "noise", "proxy", "spectrum", "prepare", "derived", "kernels",
+    "bank", "locality", "golden", "scores", "drawing", "cells", "importance", "certified", "posterior", "denoise",
+    "oracle", "metrics", "sample", "calibrate", "concentrate", "training", "pictures", "recipe", "runs", "compare",
     "attribution", "reports", "doctor", "adapters", "cli",
 ]  # fmt: skip
 FOLDER = Path(golddiff.__file__).parent

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import secrets
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,13 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from .derived import Derived
 from .errors import GolddiffError, unknown
-from .files import growing_folder, hash_file, replacing
+from .files import growing_folder, hash_file
 from .images import NO_LABEL, Images, open_source
 from .latents import Latents, reopened, same_as
 from .latents import latents as latents_in
@@ -58,8 +56,6 @@ __all__ = ["Bank"]
 
 META = "bank.json"
 DERIVED = "derived"
-DERIVED_FORMAT = 2  # to be raised when a formula of what is derived changes
-KEPT_IN_MEMORY = 4
 STATISTICS_ROWS = 2**16
 SUMMED_ANEW = 10_000  # statistics of fewer rows are summed anew when some are removed
 BLOCK_NUMBERS = 2**21  # of a block that stays in a processor's cache
@@ -106,7 +102,7 @@ class Bank:
         self.scale, self.offset = (1 / 127.5, -1.0) if self.is_uint8 else (1.0, 0.0)
         self.pooling = Pooling(self.shape)
         self.bytes_read = 0
-        self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._derived = Derived(path / DERIVED if path else None, self.fingerprint)
         self._rows: dict[int, Tensor] = {}
         self.removed = torch.empty(0, dtype=torch.int64, device=self.device)
         self._whole: Bank | None = None
@@ -330,12 +326,7 @@ class Bank:
                 wrong.append(f"{name}.npy: its bytes are not those of the build")
         if not wrong and self.fingerprint != fingerprint(self.pixels.cpu(), self.labels.cpu()):
             wrong.append("the fingerprint is not that of the pixels and labels")
-        for file in sorted((self.path / DERIVED).glob("*.safetensors")):
-            try:
-                _read_derived(file)
-            except GolddiffError as error:
-                wrong.append(str(error))
-        return wrong
+        return wrong + self._derived.damaged()
 
     def to(self, device: str | torch.device) -> Bank:
         """The same bank with its arrays on `device`."""
@@ -374,11 +365,12 @@ class Bank:
             raise GolddiffError("no image is left: remove fewer")
         view = copy.copy(whole)
         view.removed, view._whole, view._own_statistics = removed, whole, statistics == "recompute"
-        view.path, view._kept, view._rows = None, OrderedDict(), {}
-        said = f"{whole.fingerprint} without {removed.tolist()}, {statistics}"
-        view.fingerprint = (
-            hashlib.blake2b(said.encode(), digest_size=16).hexdigest() if len(removed) else self.fingerprint
-        )
+        view.path, view._rows = None, {}
+        if len(removed):
+            said = f"{whole.fingerprint} without {removed.tolist()}, {statistics}"
+            view.fingerprint = hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+        if view._own_statistics:
+            view._derived = Derived(None, view.fingerprint)
         return view
 
     def _checked_rows(self, rows: Sequence[int] | Tensor) -> Tensor:
@@ -546,31 +538,8 @@ class Bank:
         return Rows(blocks, count, centre, self.scale, self.offset, largest)
 
     def keep(self, name: str, compute: Callable[[], dict[str, Tensor]], remember: bool = True) -> dict[str, Tensor]:
-        """Tensors derived from this bank: from memory, from its folder, or computed and put there.
-
-        With `remember=False` they are not held in memory (a bank without a folder then forgets them).
-        """
-        if self._whole is not None and not self._own_statistics:
-            return self._whole.keep(name, compute, remember)
-        if name in self._kept:
-            self._kept.move_to_end(name)
-            return self._kept[name]
-        file = self.path / DERIVED / f"{name}.safetensors" if self.path else None
-        stamp = {"fingerprint": self.fingerprint, "format": str(DERIVED_FORMAT)}
-        metadata, tensors = _read_derived(file) if file and file.exists() else ({}, {})
-        if not stamp.items() <= metadata.items():  # not there, or of another bank or version
-            tensors = {k: t.contiguous() for k, t in compute().items()}
-            # a bank that cannot be written to still works; it only forgets
-            if file and os.access(file.parent if file.parent.exists() else self.path, os.W_OK):  # type: ignore[arg-type]
-                file.parent.mkdir(exist_ok=True)
-                with replacing(file) as part:
-                    save_file(tensors, part, metadata={**stamp, "hash": _hash_tensors(tensors)})
-                tensors = _read_derived(file)[1]  # mapped
-        if remember:
-            self._kept[name] = tensors
-            if len(self._kept) > KEPT_IN_MEMORY:
-                self._kept.popitem(last=False)
-        return tensors
+        """Tensors derived from this bank, see `Derived.get`."""
+        return self._derived.get(name, compute, remember)
 
 
 def _check_free(out: Path, force: bool) -> None:
@@ -587,27 +556,6 @@ def _checksum(meta: dict[str, Any]) -> str:
     """Hash of the metadata without the checksum itself."""
     plain = json.dumps({k: v for k, v in meta.items() if k != "checksum"}, sort_keys=True)
     return hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
-
-
-def _read_derived(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a file, if its bytes are those that were written."""
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        if metadata.get("hash") != _hash_tensors(tensors):
-            raise SafetensorError("its bytes were changed")
-    except (SafetensorError, OSError) as error:
-        raise GolddiffError(f"{file} is damaged ({error}): remove it, it will be made again") from error
-    return metadata, tensors
-
-
-def _hash_tensors(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _tensor(array: Any) -> Tensor:
