@@ -19,6 +19,7 @@ from ..recipe import (
     DEFAULTS,
     check_fingerprint,
     open_bank,
+    read_settings,
 )
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "override",
     "samples_of",
     "source_options",
+    "stated_by",
 ]
 
 WELCOME = """golddiff makes images from the closed-form denoiser of a set of images, without training.
@@ -107,6 +109,21 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise GolddiffError("there is no CUDA device here: use --device cpu")
     return own_device(device)
+
+
+def stated_by(
+    source: str | None, options: tuple[str, ...], recipe: Path | None
+) -> tuple[str | None, Any, dict[str, Any], tuple[str, ...]]:
+    """BANK if it is named, the bank that a recipe states, its other settings, and KEY=VALUE options."""
+    if source and "=" in source and not Path(source).exists():
+        options, source = (source, *options), None
+    settings = read_settings(recipe) if recipe else {}
+    stated = settings.pop("bank", None)
+    settings.pop("format", None)
+    if source is None and stated is None:
+        command = click.get_current_context().info_name
+        raise GolddiffError(f"which BANK? Give a path or a known name, as in: golddiff {command} mnist5k")
+    return source, stated, settings, options
 
 
 def override(settings: dict[str, Any], given: dict[str, Any], options: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from ..recipe import (
 )
 from ..runs import run
 from ..sample import SAMPLERS
-from .common import BUILDING, Name, app, bank_of, default_out, device_of, listed, override, source_options
+from .common import BUILDING, Name, app, bank_of, default_out, device_of, listed, override, source_options, stated_by
 
 FEW = 32  # golden subsets of fewer rows are worth a note
 
