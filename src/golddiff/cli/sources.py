@@ -30,6 +30,7 @@ from .common import (
     override,
     samples_of,
     source_options,
+    stated_by,
 )
 
 
@@ -58,7 +59,7 @@ from .common import (
 @click.option("--recipe", type=click.Path(path_type=Path), help="A run's recipe.json: attribute one of its seeds.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder.  [default: runs/BANK-METHOD-attribute-SEED]")
-@source_options, stated_by
+@source_options
 def attribute_command(source: str | None, options: tuple[str, ...], **given: Any) -> None:
     """Say which training images one seed's image comes from, exactly, and what it is without some of them.
 
