@@ -1,4 +1,4 @@
-"""The command line: golddiff bank build|info|verify, sample, doctor, completion."""
+"""The command line: golddiff bank build|info|verify, sample, serve, doctor, completion."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from .concentrate import concentrate
 from .denoise import METHODS
 from .doctor import checks
 from .errors import GolddiffError, unknown
+from .explorer import serve
 from .files import replacing
 from .images import Images, open_source
 from .metrics import evaluate
@@ -465,6 +466,19 @@ def oracle_train(source: str, out: Path, device: str, mirror: bool, **given: Any
     keys = ("images", "batch", "width", "learning_rate", "seed")
     train_oracle(held, out, Training(flip=mirror, **{key: given[key] for key in keys}))
     click.echo(f"an oracle in {out}: give it as --oracle {out}")
+
+
+@app.command("serve", short_help="A page that shows images come about.")
+@click.argument("source", metavar="BANK")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address; others than loopback need a token.")
+@click.option("--port", type=int, default=8765, show_default=True, help="0 takes a free one.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--open", "open_browser", is_flag=True, help="Open the page in a browser.")
+@_source_options
+def serve_command(source: str, host: str, port: int, device: str, open_browser: bool, **building: Any) -> None:
+    """Serve a page of BANK: trajectories step by step, which training images made a pixel, and what happens without
+    them. Needs the extra web."""
+    serve(open_bank(source, **building).to(_device(device)), host, port, open_browser=open_browser)
 
 
 @app.command()
