@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -9,7 +10,7 @@ import math
 import os
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .errors import GolddiffError
+from .errors import GolddiffError, unknown
 from .files import growing_folder, hash_file, replacing
 from .images import NO_LABEL, Images, open_source
 from .noise import Noise
@@ -80,6 +81,7 @@ class Bank:
         proxy: `P v_i`, `(N, P)` float32, where `pooling` is P.
         fingerprint: hash of shape, type, pixels, labels and order.
         source: what it was built from, and the options.
+        removed: rows that are not to be used, ascending `(n,)`, see `without`.
     """
 
     def __init__(self, arrays: dict[str, Any], meta: dict[str, Any], path: Path | None = None) -> None:
@@ -102,13 +104,17 @@ class Bank:
         self.bytes_read = 0
         self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._rows: dict[int, Tensor] = {}
+        self.removed = torch.empty(0, dtype=torch.int64, device=self.device)
+        self._whole: Bank | None = None
+        self._own_statistics = True
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self.pixels) - len(self.removed)
 
     def __repr__(self) -> str:
         c, h, w = self.shape
-        return f"Bank({len(self)} images of {c} x {h} x {w}, fingerprint {self.fingerprint[:12]})"
+        less = f", {len(self.removed)} removed" if len(self.removed) else ""
+        return f"Bank({len(self)} images of {c} x {h} x {w}{less}, fingerprint {self.fingerprint[:12]})"
 
     @property
     def is_uint8(self) -> bool:
@@ -277,7 +283,7 @@ class Bank:
             GolddiffError: the bank lives in memory.
         """
         if self.path is None:
-            raise GolddiffError("this bank lives in memory: it has no files to verify")
+            raise GolddiffError("this bank lives in memory, or is a view: it has no files to verify")
         wrong = [] if self.meta.get("checksum") == _checksum(self.meta) else [f"{META}: its content was changed"]
         for name in ARRAYS:
             if hash_file(self.path / f"{name}.npy") != (self.meta.get("hashes") or {}).get(name):
@@ -295,23 +301,76 @@ class Bank:
         """The same bank with its arrays on `device`."""
         if torch.device(device) == self.device:
             return self
+        if self._whole is not None:
+            kept = "recompute" if self._own_statistics else "keep"
+            return self._whole.to(device).without(self.removed, statistics=kept)
         arrays = {n: getattr(self, n) if n == "ids" else getattr(self, n).to(device) for n in ARRAYS}
         return Bank(arrays, self.meta, self.path)
+
+    def without(
+        self, rows: Sequence[int] | Tensor = (), labels: Sequence[int] = (), *, statistics: str = "recompute"
+    ) -> Bank:
+        """This bank without some images: the same files, and the same numbers for the rows that stay.
+
+        A denoiser of it is that of a bank built without these images, and draws the same rows of those that stay.
+
+        Arguments:
+            rows: numbers of images. labels: classes.
+            statistics: mean, covariance and so masks, of the images that stay (`recompute`), or still of all (`keep`),
+                so that nothing but the rows changes.
+
+        Raises:
+            GolddiffError: a row or class that is not there, or nothing left.
+        """
+        if statistics not in ("recompute", "keep"):
+            raise unknown("statistics", statistics, ("recompute", "keep"))
+        whole = self._whole or self
+        gone = [self.removed, whole._checked_rows(rows)]
+        gone += [there for label in labels if (there := whole.rows_of(label)) is not None]
+        removed = torch.cat(gone).unique()
+        if len(removed) == len(whole.pixels):
+            raise GolddiffError("no image is left: remove fewer")
+        view = copy.copy(whole)
+        view.removed, view._whole, view._own_statistics = removed, whole, statistics == "recompute"
+        view.path, view._kept, view._rows = None, OrderedDict(), {}
+        said = f"{whole.fingerprint} without {removed.tolist()}, {statistics}"
+        view.fingerprint = (
+            hashlib.blake2b(said.encode(), digest_size=16).hexdigest() if len(removed) else self.fingerprint
+        )
+        return view
+
+    def _checked_rows(self, rows: Sequence[int] | Tensor) -> Tensor:
+        chosen = torch.as_tensor(rows, device=self.device)
+        if chosen.numel() == 0:
+            return chosen.flatten().long()
+        whole = not (chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool)
+        if not whole or chosen.ndim != 1 or bool(((chosen < 0) | (chosen >= len(self.pixels))).any()):
+            raise GolddiffError(f"rows must be a list of whole numbers from 0 to {len(self.pixels) - 1}")
+        return chosen.long()
+
+    @property
+    def rows(self) -> Tensor:
+        """The numbers of all images but those removed, ascending `(n,)`."""
+        if NO_LABEL not in self._rows:
+            there = torch.ones(len(self.pixels), dtype=torch.bool, device=self.device)
+            self._rows[NO_LABEL] = there.index_fill_(0, self.removed, False).nonzero()[:, 0]
+        return self._rows[NO_LABEL]
 
     # ---- reading -------------------------------------------------------------------------------------
 
     def rows_of(self, label: int | None) -> Tensor | None:
-        """Rows of a class, ascending `(n,)`; None (all rows) for None or -1.
+        """Rows of a class, ascending `(n,)`; for None or -1 None, which stands for all, or those that were not removed.
 
         Raises:
             GolddiffError: no row has this label.
         """
         if label is None or label == NO_LABEL:
-            return None
+            return self.rows if len(self.removed) else None
         if label not in self._rows:
             rows = (self.labels == label).nonzero()[:, 0] if abs(label) < 2**63 else self.labels[:0]
+            rows = rows[~torch.isin(rows, self.removed)]
             if len(rows) == 0:
-                there = [n for n in self.labels.unique().tolist() if n != NO_LABEL]
+                there = [n for n in self.labels[self.rows].unique().tolist() if n != NO_LABEL]
                 listed = f"{', '.join(map(str, there[:12]))}{', ...' if len(there) > 12 else ''}"
                 raise GolddiffError(
                     f"no image has label {label}: " + (f"labels here are {listed}" if there else "this bank has none")
@@ -336,7 +395,7 @@ class Bank:
             rows: `(n,)`; None for all.
             size: rows of a block; by default as many as stay in a processor's cache.
         """
-        count = len(self) if rows is None else len(rows)
+        count = len(self.pixels) if rows is None else len(rows)
         size = max(1, min(size or max(256, BLOCK_NUMBERS // self.D), count))
         buffer = torch.empty(size, self.D, dtype=dtype, device=self.device)
         for start in range(0, count, size):
@@ -400,8 +459,10 @@ class Bank:
         An eigenbasis (`Spectrum`), or where `min(N, D)` is over 4,096 the covariance itself (`DenseCovariance`). Of
         more than 65,536 rows that many are taken, those with the smallest keys: a random sample, whatever their order.
         """
+        if self._whole is not None and not self._own_statistics:
+            return self._whole.spectrum(label)
         rows = self._sampled(self.rows_of(label))
-        name = "" if self.rows_of(label) is None else f"-{label}"
+        name = "" if label in (None, NO_LABEL) else f"-{label}"
         if min(self.D, len(self) if rows is None else len(rows)) <= LARGEST_EIGENBASIS:
             return Spectrum(**self.keep(f"spectrum{name}", lambda: vars(compute_spectrum(self._rows_for(rows)))))
         return DenseCovariance(**self.keep(f"covariance{name}", lambda: vars(compute_covariance(self._rows_for(rows)))))
@@ -432,6 +493,8 @@ class Bank:
 
         With `remember=False` they are not held in memory (a bank without a folder then forgets them).
         """
+        if self._whole is not None and not self._own_statistics:
+            return self._whole.keep(name, compute, remember)
         if name in self._kept:
             self._kept.move_to_end(name)
             return self._kept[name]

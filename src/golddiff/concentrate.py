@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .bank import Bank
 from .denoise import denoiser
-from .denoise.local import masked_logits
+from .denoise.sources import masked_logits
 from .errors import GolddiffError
 from .files import replacing
 from .golden import Budget
@@ -69,6 +69,8 @@ def concentrate(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise GolddiffError(f"{out} cannot be made ({error.strerror}): choose another --out") from error
+    if len(bank.removed):
+        raise GolddiffError("concentrate looks at whole banks: give the bank that images were removed from")
     rows = torch.linspace(0, len(bank) - 1, min(count, len(bank))).long()
     x = bank.images(rows.to(bank.device)) if images is None else images[:count].to(bank.device)
     left_out = rows if images is None else None

@@ -141,7 +141,8 @@ class LocalSubset(Subset):
         if enough <= min(POOL, POOL_SCORES // len(level.counts)):
             return Plan("pool", enough)
         rows = max(self.search, 2 * wanted)  # of which those that are wanted can be drawn
-        searchable = eligible is None and level.name is not None and 2 * rows < total
+        unlabelled = total == len(self.bank)
+        searchable = unlabelled and level.name is not None and 2 * rows < total
         return Plan("search", rows) if searchable else Plan("all", total)
 
     def _share(self, noise: Noise, level: Level) -> float:
@@ -149,7 +150,7 @@ class LocalSubset(Subset):
         of a sample of rows, for other rows with noise."""
 
         def measured() -> dict[str, Tensor]:
-            order = self.bank.keys.argsort()
+            order = self.bank.rows[self.bank.keys[self.bank.rows].argsort()]
             sample, probes = order[:SAMPLE].sort().values, order[SAMPLE : SAMPLE + PROBES]
             x = self.bank.images(probes, torch.float64)
             z = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x.device)
@@ -167,7 +168,8 @@ class LocalSubset(Subset):
         self, plan: Plan, q: Tensor, s: Tensor, level: Level, rows: Tensor, seed: Tensor, angle: int, wanted: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows and `log_q`, `(b, T, K)` each, padded with -1 and 0, of one part of the images after the other."""
-        keys = self.bank.keys if len(rows) == len(self.bank) else self.bank.keys[rows]
+        every = len(rows) == len(self.bank.keys)
+        keys = self.bank.keys if every else self.bank.keys[rows]
         most = SCORES_AT_ONCE // (len(level.counts) * plan.rows)
         together = 1 if plan.kind == "pool" else max(1, most)  # every image has a pool of its own
         for first in range(0, len(q), together):
@@ -182,6 +184,9 @@ class LocalSubset(Subset):
                 chosen, log_q = self._drawn(scores, rows[places], lots[:, places] - least, wanted)
                 yield chosen, (log_q - least).masked_fill_(chosen == PADDING, 0.0)
             else:
+                if not every:  # those that are not there are never drawn
+                    some, lots = lots, lots.new_full((len(lots), len(self.bank.keys)), math.inf)
+                    lots[:, rows] = some
                 yield self._searched(q[part], s, level, lots, plan.rows, wanted)
 
     def _searched(

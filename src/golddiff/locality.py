@@ -9,6 +9,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,19 @@ class Masked(Locality):
         Arguments:
             like: has the type and device of the squares.
         """
-        mask = self.mask(noise, label).to(like.device).to(like.dtype)
-        return lambda squares, pixels=None: squares @ (mask if pixels is None else mask[:, pixels])
+
+        @cache
+        def mask() -> Tensor:
+            return self.mask(noise, label).to(like.device)
+
+        @cache
+        def numbers() -> Tensor:
+            return mask().to(like.dtype)
+
+        def sums(squares: Tensor, pixels: Tensor | None = None) -> Tensor:
+            return squares @ (numbers() if pixels is None else mask()[:, pixels].to(like.dtype))
+
+        return sums
 
     def runs(self, noise: Noise, label: int | None = None, tiles: Tensor | None = None) -> list[MaskRuns] | None:
         """The mask as runs, one set for each tile `(D,)` of output pixels, kept for recent noise levels; None for

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from .bank import Bank
+from .denoise.scan import nearest_images
 from .errors import GolddiffError
 from .files import hash_file
-from .golden import nearest_rows
-from .noise import Noise
 from .spectrum import LARGEST_EIGENBASIS
 
 __all__ = [
@@ -77,33 +76,36 @@ class Copies:
     """The nearest rows of each image.
 
     Arguments:
-        row: `(n,)`. d1, d2: root mean square difference of a pixel (range 0 to 2) to the nearest and second nearest.
-        share: of images with `d1 / d2` under 1/3, or with d1 under half a grey level.
+        row, second: numbers of the nearest and second nearest row, `(n,)`.
+        d1, d2: root mean square difference of a pixel (range 0 to 2) to them, `(n,)` float64.
     """
 
     row: Tensor
+    second: Tensor
     d1: Tensor
     d2: Tensor
 
     @property
+    def ratio(self) -> Tensor:
+        """`d1 / d2`, `(n,)`; 0 where both are 0."""
+        return self.d1 / self.d2.clamp(min=1e-12)
+
+    @property
+    def flagged(self) -> Tensor:
+        """Images with `d1 / d2` under 1/3, or with d1 under half a grey level: copies, `(n,)` bool."""
+        return (self.d1 < COPY * self.d2) | (self.d1 < SAME)  # a row with a twin has d1 = d2
+
+    @property
     def share(self) -> float:
-        near = (self.d1 < COPY * self.d2) | (self.d1 < SAME)  # a row with a twin has d1 = d2
-        return float(near.double().mean())
+        return float(self.flagged.double().mean())
 
 
 def copies(images: Tensor, bank: Bank) -> Copies:
     """The two nearest rows of each image `(n, C, H, W)`."""
     if len(bank) < 2:
         raise GolddiffError("a bank of one image has no second nearest: give a larger bank")
-    everything, found = torch.arange(len(bank), device=bank.device), []
-    for image in images.to(bank.device):
-        q, s = bank.query(image[None], Noise(1.0, 1.0))
-        rows = nearest_rows(bank, q[0], s[0], everything, 2)
-        distances = (bank.distances(q[0], s[0], rows) / bank.D).sqrt()
-        order = distances.argsort()
-        found.append((rows[order[0]], distances[order[0]], distances[order[1]]))
-    row, d1, d2 = (torch.stack(list(part)).cpu() for part in zip(*found, strict=True))
-    return Copies(row, d1, d2)
+    rows, distances = nearest_images(bank, images, 2)
+    return Copies(rows[:, 0], rows[:, 1], distances[:, 0], distances[:, 1])
 
 
 Extractor = Callable[[Tensor], Tensor]
@@ -150,7 +152,7 @@ def reference_features(bank: Bank, name: str) -> Tensor:
     """Features `(n, F)` float64 of up to 10,000 rows, evenly spaced; those of a network are kept with the bank."""
     extract = extractor(name, bank)
     count = max(2, min(len(bank), REFERENCES, NUMBERS // bank.D))
-    rows = torch.linspace(0, len(bank) - 1, count).long().to(bank.device)
+    rows = bank.rows[torch.linspace(0, len(bank) - 1, count).long().to(bank.device)]
 
     def compute() -> dict[str, Tensor]:
         parts = [extract(bank.images(part).cpu()) for part in rows.split(256)]
@@ -170,7 +172,7 @@ def evaluate(images: Tensor, bank: Bank, features: str = "pca") -> dict[str, Any
     out: dict[str, Any] = {
         "images": len(images),
         "d1": mean_and_error(found.d1),
-        "ratio_d1_d2": mean_and_error(found.d1 / found.d2.clamp(min=1e-12)),
+        "ratio_d1_d2": mean_and_error(found.ratio),
         "copies": found.share,
     }
     if min(len(images), len(bank)) >= FEWEST:

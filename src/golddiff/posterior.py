@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +14,49 @@ from .errors import GolddiffError
 from .golden import Support, hashed
 from .noise import Noise
 
-__all__ = ["Posterior", "RunningSoftmax", "softmax_of_rows"]
+__all__ = ["Piece", "Posterior", "RunningSoftmax", "Sources", "softmax_of_rows"]
 
-Weigh = Callable[[int, Tensor | None], tuple[Tensor, Tensor]]
+
+class Piece(NamedTuple):
+    """Weights of some pixels: flat indices `(P,)`, rows of the bank `(K,)`, weights `(K, P)` that sum to 1."""
+
+    pixels: Tensor
+    rows: Tensor
+    weights: Tensor
+
+
+class Sources:
+    """Where the means of a batch come from, and how they move with `x_t`: image by image, computed when asked for.
+
+    This one knows nothing, and says what to use instead. Pixels are flat indices `(P,)`, None for all.
+    """
+
+    def weights(self, b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Rows `(K,)`, and weights `(K,)` for whole images or `(K, P)` for local denoisers."""
+        raise GolddiffError(
+            "this denoiser has no rows, or not all of them, so it has no weights: use optimal, pca, ls or golddiff, "
+            "with the bank in one process"
+        )
+
+    def pieces(self, b: int, pixels: Tensor | None) -> Iterator[Piece]:
+        """The same in pieces; together they hold each pixel once."""
+        rows, weights = self.weights(b, pixels)
+        if weights.ndim == 2:
+            yield Piece(torch.arange(weights.shape[1], device=rows.device) if pixels is None else pixels, rows, weights)
+        elif pixels is not None:
+            yield Piece(pixels, rows, weights[:, None].expand(-1, len(pixels)))
+
+    def error(self, b: int, pixels: Tensor | None) -> Tensor:
+        """`(P,)` float64, see `Posterior.error`."""
+        raise GolddiffError("this denoiser draws no rows, so it has no such error: use retrieval=local")
+
+    def spread(self, b: int, v: Tensor, transposed: bool) -> Tensor:
+        """Covariances of pixels times directions v `(k, D)` float64, `(k, D)`: the sum over n of `M[n, m] Cov(x[m],
+        x[n]) v[n]` under the weights of pixel m, or, transposed, the sum over m of the same times `v[m]`."""
+        raise GolddiffError("this denoiser has no derivative in closed form: use optimal, wiener, pca, ls or golddiff")
+
+
+NOTHING_KNOWN = Sources()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -42,8 +83,7 @@ class Posterior:
     x_t: Tensor
     noise: Noise
     error_bound: Tensor | None = None
-    _weigh: Weigh | None = None
-    _error: Callable[[int, Tensor | None], Tensor] | None = None
+    _sources: Sources = NOTHING_KNOWN
     _keys: Tensor | None = None
 
     def __repr__(self) -> str:
@@ -60,14 +100,15 @@ class Posterior:
         Returns:
             rows `(K,)`, and weights `(K,)` for whole images or `(K, pixels)` for local denoisers.
         """
-        if self._weigh is None:
-            raise GolddiffError(
-                "this denoiser has no rows, or not all of them, so it has no weights: use optimal, pca or golddiff, "
-                "with the bank in one process"
-            )
-        if not 0 <= b < len(self.mean):
-            raise GolddiffError(f"image {b} of a batch of {len(self.mean)}: count from 0")
-        return self._weigh(b, None if pixels is None else torch.as_tensor(pixels))
+        return self._sources.weights(self._checked(b), None if pixels is None else self._flat(pixels))
+
+    def pieces(self, b: int, pixels: Tensor | list[int] | None = None) -> Iterator[Piece]:
+        """The same in pieces of bounded size, whatever the kind of denoiser: together they hold each pixel once.
+
+        Arguments:
+            b, pixels: as in `weights`.
+        """
+        yield from self._sources.pieces(self._checked(b), self._flat(pixels))
 
     def error(self, b: int, pixels: Tensor | list[int] | None = None) -> Tensor:
         """An estimate of the standard error of the mean of image b that drawing rows brings, `(pixels,)` float64.
@@ -78,11 +119,70 @@ class Posterior:
         Arguments:
             b, pixels: as in `weights`.
         """
-        if self._error is None:
-            raise GolddiffError("this denoiser draws no rows, so it has no such error: use retrieval=local")
+        return self._sources.error(self._checked(b), None if pixels is None else self._flat(pixels))
+
+    def jvp(self, v: Tensor) -> Tensor:
+        r"""The Jacobian of the mean times `v`: how the mean moves when `x_t` moves by `v`, `(B, C, H, W)`.
+
+        .. math:: J[m, n] = \frac{\alpha}{\sigma^2} M[n, m] \, \mathrm{Cov}_{w_m}(x[m], x[n])
+
+        with M = 1 for whole images. The rows of a subset are held fixed.
+
+        Arguments:
+            v: `(B, C, H, W)`.
+
+        Raises:
+            GolddiffError: wrong shape, or a denoiser whose derivative has no closed form.
+        """
+        alpha, sigma = self.noise.like(self.x_t)
+        return self._spread(v, transposed=False) * (alpha / sigma**2)
+
+    def vjp(self, v: Tensor) -> Tensor:
+        """The transposed Jacobian of the mean times `v`, as in `jvp`: the gradient of `sum(v * mean)`."""
+        alpha, sigma = self.noise.like(self.x_t)
+        return self._spread(v, transposed=True) * (alpha / sigma**2)
+
+    def covariance_product(self, v: Tensor) -> Tensor:
+        """The posterior covariance of the clean image times `v`, `(B, C, H, W)`, for denoisers of whole images."""
+        self._check_whole()
+        return self._spread(v, transposed=False)
+
+    def covariance(self, b: int, pixels: Tensor | list[int] | None = None) -> Tensor:
+        """The posterior covariance of some pixels of image b, `(P, P)` float64, for denoisers of whole images."""
+        self._check_whole()
+        wanted = self._flat(pixels)
+        units = torch.zeros(len(wanted), self.x_t[0].numel(), dtype=torch.float64, device=wanted.device)
+        units[torch.arange(len(wanted)), wanted] = 1
+        return self._sources.spread(self._checked(b), units, False)[:, wanted]
+
+    def _spread(self, v: Tensor, transposed: bool) -> Tensor:
+        if not isinstance(v, Tensor) or v.shape != self.x_t.shape:
+            raise GolddiffError(f"v must be a tensor of the shape of x_t, {tuple(self.x_t.shape)}")
+        flat = v.flatten(1).to(self.x_t.device, torch.float64)
+        parts = [self._sources.spread(b, flat[b : b + 1], transposed) for b in range(len(flat))]
+        return torch.cat(parts).to(self.x_t.dtype).reshape(self.x_t.shape)
+
+    def _check_whole(self) -> None:
+        if self.log_evidence.ndim > 1:
+            raise GolddiffError(
+                "a local denoiser has a posterior for each pixel, not one of whole images: use optimal or wiener"
+            )
+
+    def _checked(self, b: int) -> int:
         if not 0 <= b < len(self.mean):
             raise GolddiffError(f"image {b} of a batch of {len(self.mean)}: count from 0")
-        return self._error(b, None if pixels is None else torch.as_tensor(pixels))
+        return b
+
+    def _flat(self, pixels: Tensor | list[int] | None) -> Tensor:
+        """Flat indices `(P,)`, checked."""
+        count = self.x_t[0].numel()
+        if pixels is None:
+            return torch.arange(count, device=self.x_t.device)
+        flat = torch.as_tensor(pixels)
+        whole = flat.ndim == 1 and not (flat.is_floating_point() or flat.is_complex() or flat.dtype == torch.bool)
+        if not (whole or flat.numel() == 0) or bool(((flat < 0) | (flat >= count)).any()):
+            raise GolddiffError(f"pixels must be a list of flat indices from 0 to {count - 1}")
+        return flat.long().to(self.x_t.device)
 
     def score(self) -> Tensor:
         """`(alpha mean - x_t) / sigma^2`, the gradient of the log-density at `x_t`, `(B, C, H, W)`."""
@@ -97,8 +197,7 @@ class Posterior:
     @property
     def log_density(self) -> Tensor:
         """`log p_t(x_t)`, `(B,)` float64, for denoisers of whole images."""
-        if self.log_evidence.ndim > 1:
-            raise GolddiffError("a local denoiser has no density of whole images: use optimal or wiener")
+        self._check_whole()
         size = self.x_t[0].numel()
         return self.log_evidence - size / 2 * torch.log(2 * math.pi * self.noise.sigma.to(self.x_t.device) ** 2)
 
@@ -129,16 +228,8 @@ class Posterior:
         order = torch.cat(items).argsort()
         home = {int(i): (p, j) for p, where in enumerate(items) for j, i in enumerate(where)}
 
-        def weigh(b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
-            part, local = home[b]
-            return parts[part].weights(local, pixels)
-
         def joined(tensors: list[Tensor]) -> Tensor:
             return torch.cat(tensors)[order.to(x_t.device)]
-
-        def error(b: int, pixels: Tensor | None) -> Tensor:
-            part, local = home[b]
-            return parts[part].error(local, pixels)
 
         bounds = [p.error_bound for p in parts if p.error_bound is not None]
         supports = [p.support for p in parts if p.support is not None]
@@ -151,10 +242,36 @@ class Posterior:
             x_t=x_t,
             noise=noise,
             error_bound=joined(bounds) if len(bounds) == len(parts) else None,
-            _weigh=weigh if parts[0]._weigh else None,
-            _error=error if parts[0]._error else None,
+            _sources=_Merged([p._sources for p in parts], home),
             _keys=parts[0]._keys,
         )
+
+
+class _Merged(Sources):
+    """Those of the parts of a batch; `home[b]` is the part of image b, and its number there."""
+
+    def __init__(self, parts: list[Sources], home: dict[int, tuple[int, int]]) -> None:
+        self._parts, self._home = parts, home
+
+    def _of(self, b: int) -> tuple[Sources, int]:
+        part, number = self._home[b]
+        return self._parts[part], number
+
+    def weights(self, b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
+        part, number = self._of(b)
+        return part.weights(number, pixels)
+
+    def pieces(self, b: int, pixels: Tensor | None) -> Iterator[Piece]:
+        part, number = self._of(b)
+        return part.pieces(number, pixels)
+
+    def error(self, b: int, pixels: Tensor | None) -> Tensor:
+        part, number = self._of(b)
+        return part.error(number, pixels)
+
+    def spread(self, b: int, v: Tensor, transposed: bool) -> Tensor:
+        part, number = self._of(b)
+        return part.spread(number, v, transposed)
 
 
 def softmax_of_rows(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from .bank import Bank
 from .denoise import Denoiser
+from .denoise.scan import nearest_images
 from .errors import GolddiffError, unknown
 from .files import replacing
-from .golden import nearest_rows
-from .noise import Noise, schedule_named
+from .noise import schedule_named
 from .pictures import grid, save_png, to_uint8
 from .ranks import ALONE, Ranks
 from .recipe import Recipe
@@ -282,14 +282,11 @@ class _RunFolder:
 def _neighbours(bank: Bank, folder: _RunFolder, seeds: list[int], count: int) -> Image.Image:
     """Each image beside its nearest rows, with the root mean square difference of a pixel (range 0 to 2)."""
     pictures, captions = [], []
-    for picture in folder.read(seeds):
-        x = torch.from_numpy(picture).permute(2, 0, 1)[None].double() / 127.5 - 1
-        q, s = bank.query(x.to(bank.device), Noise(1.0, 1.0))
-        rows = nearest_rows(bank, q[0], s[0], torch.arange(len(bank), device=bank.device), count)
-        distances = (bank.distances(q[0], s[0], rows) / bank.D).sqrt()
-        order = distances.argsort()
-        pictures += [picture[None], to_uint8(bank.images(rows[order]))]
-        captions += ["", *(f"{float(distances[i]):.3f}" for i in order)]
+    samples = folder.read(seeds)
+    x = torch.from_numpy(samples).permute(0, 3, 1, 2).double() / 127.5 - 1
+    for picture, rows, distances in zip(samples, *nearest_images(bank, x, count), strict=True):
+        pictures += [picture[None], to_uint8(bank.images(rows.to(bank.device)))]
+        captions += ["", *(f"{distance:.3f}" for distance in distances.tolist())]
     heads = ["sample", "nearest", *(f"{i + 2}" for i in range(count - 1))]
     rows_of_text = [f"seed {seed}" for seed in seeds]
     return grid(np.concatenate(pictures), count + 1, rows=rows_of_text, heads=heads, captions=captions)

@@ -149,8 +149,8 @@ def _batch(bank: Bank, training: Training, step: int) -> tuple[Tensor, Tensor, T
     """Images, noise and times of a step."""
     mixed = hashed(hashed(torch.tensor(training.seed)) ^ torch.tensor(step))
     random = torch.Generator().manual_seed(int(mixed) & (2**63 - 1))
-    rows = torch.randint(len(bank), (training.batch,), generator=random)
-    x = bank.images(rows.to(bank.device))
+    rows = bank.rows[torch.randint(len(bank), (training.batch,), generator=random).to(bank.device)]
+    x = bank.images(rows)
     if training.flip:
         mirrored = torch.rand(training.batch, generator=random).to(x.device) < 0.5
         x = torch.where(mirrored[:, None, None, None], x.flip(3), x)

@@ -14,6 +14,7 @@ from ..locality import Windows
 from ..noise import Noise
 from ..posterior import Posterior
 from .base import Denoiser
+from .sources import Weighed
 
 __all__ = ["CropDenoiser"]
 
@@ -66,7 +67,7 @@ class CropDenoiser(Denoiser):
             support=support,
             x_t=x_t,
             noise=noise,
-            _weigh=weigh,
+            _sources=Weighed(weigh),
         )
 
     def _of_one(

@@ -14,6 +14,7 @@ from ..golden import PADDING, Support, hashed
 from ..noise import Noise
 from ..posterior import Posterior
 from .base import Denoiser
+from .sources import Weighed
 from .whole import Optimal
 
 __all__ = ["NeighbourProposals", "Smoothed"]
@@ -74,7 +75,7 @@ class Smoothed(Denoiser):
             support=support,
             x_t=x_t,
             noise=noise,
-            _weigh=weigh,
+            _sources=Weighed(weigh),
         )
 
 
@@ -121,7 +122,7 @@ class NeighbourProposals(Denoiser):
             support=Support(kept, None, None, count, shared=False),
             x_t=x_t,
             noise=noise,
-            _weigh=lambda b, pixels: drawn[b],
+            _sources=Weighed(lambda b, pixels: drawn[b]),
         )
 
     def _draw(self, q: Tensor, s: Tensor, rows: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

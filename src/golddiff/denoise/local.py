@@ -12,14 +12,13 @@ from ..errors import GolddiffError
 from ..golden import Everything, Subset, Support
 from ..locality import Masked, Sums
 from ..noise import Noise
-from ..posterior import Posterior, RunningSoftmax, softmax_of_rows
+from ..posterior import Posterior, RunningSoftmax, Sources
 from ..ranks import Ranks
 from .base import Denoiser
 from .compiled import masked_softmax, usable
+from .sources import BLOCK, MaskedRows, masked_logits
 
 __all__ = ["MaskedDenoiser"]
-
-BLOCK = 512
 
 
 class MaskedDenoiser(Denoiser):
@@ -81,22 +80,9 @@ class MaskedDenoiser(Denoiser):
 
         mean, log_total, ess = self.ranks.merged(mean, log_total, ess)
 
-        def weigh(b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
-            masked = self.locality.sums(noise[0], label, x_t)
-            if support.tiled:
-                return self._weights_of_tiles(q[b], s[b], masked, support, b, pixels)
-            rows = support.rows_of(b)
-            logits = [
-                masked_logits(q[b], s[b], self.bank.centred(part, x_t.dtype), masked, pixels)
-                for part in rows.split(self.legacy_batch or BLOCK)
-            ]
-            if self.legacy_batch:
-                return rows, torch.cat([softmax_of_rows(part.T)[0].T for part in logits]) / len(logits)
-            return rows, softmax_of_rows(torch.cat(logits).T)[0].T
-
-        def error(b: int, pixels: Tensor | None) -> Tensor:
-            return self._drawing_error(*weigh(b, pixels), support, b, pixels)
-
+        exact = x_t.double()
+        masked = self.locality.sums(noise[0], label, exact)
+        sources = MaskedRows(self.bank, *self.bank.query(exact, noise), masked, support, self.legacy_batch)
         return Posterior(
             mean=self.bank.uncentred(mean).to(x_t.dtype).reshape(x_t.shape),
             log_evidence=(log_total - support.eligible.double().log()[:, None].to(x_t.device)).reshape(x_t.shape),
@@ -104,21 +90,8 @@ class MaskedDenoiser(Denoiser):
             support=support,
             x_t=x_t,
             noise=noise,
-            _weigh=None if self.ranks.linked else weigh,
-            _error=None if self.ranks.linked else error,
+            _sources=Sources() if self.ranks.linked else sources,
         )
-
-    def _drawing_error(self, rows: Tensor, weights: Tensor, support: Support, b: int, pixels: Tensor | None) -> Tensor:
-        """The standard error of the mean of some pixels, `(pixels,)`, from rows `(K,)` and weights `(K, pixels)`."""
-        wanted = torch.arange(self.bank.D, device=rows.device) if pixels is None else pixels.to(rows.device)
-        tiles = torch.zeros_like(wanted) if support.tiles is None else support.tiles[wanted]
-        v = self.bank.centred(rows, torch.float64)[:, wanted]
-        spread = weights.square() * (v - (weights * v).sum(0)).square()
-        for tile in tiles.unique().tolist():
-            chance = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
-            chance[torch.searchsorted(rows, support.rows_of(b, tile))] = (-support.log_q_of(b, tile).double()).exp()
-            spread[:, tiles == tile] *= (1 - chance)[:, None]
-        return spread.sum(0).sqrt() * self.bank.scale
 
     def _blocked(self, q: Tensor, s: Tensor, masked: Sums, support: Support) -> tuple[Tensor, Tensor, Tensor]:
         """Mean of the centred rows, log of the total, and ess, `(B, D)` each, by masked sums of blocks."""
@@ -151,25 +124,3 @@ class MaskedDenoiser(Denoiser):
                 out[0, b, outputs], out[1, b, outputs], out[2, b, outputs] = sums.mean, sums.log_total, sums.ess
         mean, log_total, ess = out
         return mean, log_total, ess
-
-    def _weights_of_tiles(
-        self, q: Tensor, s: Tensor, masked: Sums, support: Support, b: int, pixels: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Rows of any tile, ascending, and their weights at some pixels, 0 where their tile has not got them."""
-        wanted = torch.arange(self.bank.D, device=q.device) if pixels is None else pixels.to(q.device)
-        tiles = torch.zeros_like(wanted) if support.tiles is None else support.tiles[wanted]
-        rows = torch.cat([support.rows_of(b, tile) for tile in range(support.tile_count)]).unique()
-        weights = torch.zeros(len(rows), len(wanted), dtype=torch.float64, device=q.device)
-        for tile in tiles.unique().tolist():
-            own, here = support.rows_of(b, tile), (tiles == tile).nonzero()[:, 0]
-            logits = torch.cat(
-                [masked_logits(q, s, self.bank.centred(p, q.dtype), masked, wanted[here]) for p in own.split(BLOCK)]
-            )
-            logits = logits + support.log_q_of(b, tile)[:, None].to(logits.dtype)
-            weights[torch.searchsorted(rows, own)[:, None], here] = softmax_of_rows(logits.T)[0].T
-        return rows, weights
-
-
-def masked_logits(q: Tensor, s: Tensor, v: Tensor, masked: Sums, pixels: Tensor | None = None) -> Tensor:
-    """Minus half the masked sums of `(q - s v)^2` of one image: q `(D,)`, s `()`, rows v `(n, D)` -> `(n, pixels)`."""
-    return masked(torch.sub(q, v * s).square_(), pixels).mul_(-0.5)

@@ -19,6 +19,7 @@ from ..noise import Noise
 from ..posterior import Posterior, RunningSoftmax
 from .base import Denoiser
 from .local import MaskedDenoiser
+from .sources import Weighed
 
 __all__ = ["PatchDenoiser"]
 
@@ -85,7 +86,7 @@ class PatchDenoiser(Denoiser):
             support=Support(rows, None, None, count, shared=True),
             x_t=x_t,
             noise=noise,
-            _weigh=scan.weigh,
+            _sources=Weighed(scan.weigh),
         )
 
 

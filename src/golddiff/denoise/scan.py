@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from ..bank import BLOCK_NUMBERS, Bank
-from ..golden import rounding
+from ..golden import rounding, smallest
+from ..noise import Noise
 
-__all__ = ["Scan", "scan_of"]
+__all__ = ["Scan", "nearest_images", "scan_of"]
 
 DIGITS = torch.tensor([1.0, 2.0**8, 2.0**16, 2.0**24], dtype=torch.float64)
 MOST_PRODUCTS = 2**17 - 1  # of bytes, that add up in int32
+LOGITS_AT_ONCE = 2**26  # of images that are scanned together
 FEWEST_ROWS, MOST_ROWS = 256, 2**15  # of a block
 
 
@@ -150,3 +152,49 @@ def scan_of(bank: Bank, q: Tensor, s: Tensor) -> Scan:
     takes_bytes = bank.is_uint8 and bank.device.type == "cpu" and bank.D <= MOST_PRODUCTS and q.dtype == torch.float32
     fast = getattr(torch.cpu, "_is_vnni_supported", lambda: False)() and hasattr(torch, "_int_mm")
     return (_Bytes if takes_bytes and fast else _Floats)(bank, q, s)
+
+
+def nearest_images(bank: Bank, images: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The nearest rows of images of any origin, exactly: by one scan for many images; rows near the cut are measured
+    again in float64.
+
+    Arguments:
+        images: `(n, C, H, W)` in [-1, 1].
+
+    Returns:
+        rows `(n, count)`, nearest first, and the root mean square difference of a pixel (range 0 to 2), float64; on the
+        CPU.
+    """
+    rows, found = bank.rows, []
+    for some in images.split(max(1, LOGITS_AT_ONCE // len(rows))):
+        q, s = bank.query(some.to(bank.device, torch.float32), Noise(1.0, 1.0))
+        scan = scan_of(bank, q, s)
+        scores = q.new_empty(len(rows), len(q))
+        errors = torch.zeros(len(q), dtype=torch.float64, device=q.device)
+        for start in range(0, len(rows), scan.size):
+            part = slice(start, min(start + scan.size, len(rows)))
+            chosen: Tensor | slice = rows[part] if len(bank.removed) else part
+            errors = torch.maximum(errors, scan.logits(scan.read(chosen), bank.norms[chosen], out=scores[part]))
+        exact = bank.query(some.to(bank.device, torch.float64), Noise(1.0, 1.0))
+        for b, (query, step) in enumerate(zip(*exact, strict=True)):
+            found.append(_nearest(bank, query, step, rows, scores[:, b].neg(), float(errors[b]), count))
+    nearest, distances = zip(*found, strict=True)
+    return torch.stack(nearest).cpu(), torch.stack(distances).cpu()
+
+
+def _nearest(
+    bank: Bank, q: Tensor, s: Tensor, rows: Tensor, scores: Tensor, error: float, count: int
+) -> tuple[Tensor, Tensor]:
+    """Those of one image, from scores `(n,)` that are known up to an error."""
+    near = rows[
+        smallest(
+            scores.contiguous(),
+            count,
+            error,
+            lambda i: bank.distances(q, s, rows[i]),
+            lambda i: bank.keys[rows[i]],
+        )
+    ]
+    near = near[bank.keys[near].argsort()]
+    distances, order = bank.distances(q, s, near).sort(stable=True)
+    return near[order], (distances / bank.D).sqrt()

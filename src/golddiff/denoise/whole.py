@@ -12,13 +12,13 @@ from ..bank import Bank
 from ..golden import Everything, Subset, Support, nearest_rows
 from ..locality import WholeImage
 from ..noise import Noise
-from ..posterior import Posterior, softmax_of_rows
+from ..posterior import Posterior, Sources, softmax_of_rows
 from .base import Denoiser
-from .scan import scan_of
+from .scan import LOGITS_AT_ONCE, scan_of
+from .sources import WholeRows
 
 __all__ = ["Nearest", "Optimal"]
 
-LOGITS_AT_ONCE = 2**26  # of images that are scanned together
 MEASURED_AGAIN = 512  # up to so many rows of weight are measured again by differences
 NEGLIGIBLE = 20.0  # rows whose weights together are under exp(-20)
 TINY = 80.0  # exp(-80) stands for all that is smaller: denormal numbers are slow
@@ -71,7 +71,7 @@ class Optimal(Denoiser):
             x_t=x_t,
             noise=noise,
             error_bound=self._error_bound(mean, log_total, support),
-            _weigh=None if self.ranks.linked else weigh,
+            _sources=Sources() if self.ranks.linked else WholeRows(self.bank, weigh),
             _keys=self.bank.keys,
         )
 
@@ -165,5 +165,5 @@ class Nearest(Denoiser):
             support=Support(chosen[:, None], None, None, count, shared=False),
             x_t=x_t,
             noise=noise,
-            _weigh=lambda b, pixels: (chosen[b], torch.ones(1, dtype=torch.float64, device=x_t.device)),
+            _sources=WholeRows(self.bank, lambda b, _: (chosen[b], torch.ones(1, dtype=torch.float64).to(x_t.device))),
         )

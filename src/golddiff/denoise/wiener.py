@@ -11,6 +11,7 @@ from ..bank import Bank
 from ..noise import Noise
 from ..posterior import Posterior
 from .base import Denoiser
+from .sources import Linear
 
 __all__ = ["Wiener"]
 
@@ -47,4 +48,5 @@ class Wiener(Denoiser):
             support=None,
             x_t=x_t,
             noise=noise,
+            _sources=Linear(statistics, alpha, sigma),
         )
