@@ -7,6 +7,7 @@ import secrets
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from time import perf_counter
 from typing import Any, Literal
 from weakref import WeakSet
@@ -23,7 +24,7 @@ from ..sample import SAMPLERS, Step, levels_from, sampler_named, trajectory
 from .feed import Feed
 from .models import ClassInfo, Compared, End, RunInfo, RunSettings, Sources, StepEvent, Support, Without
 from .show import Screen
-from .sources import of_image
+from .sources import at_once, in_turns
 from .work import Ending, Task, Worker
 
 __all__ = ["Explorer", "Gone", "Run"]
@@ -32,6 +33,8 @@ KEPT_BYTES = 2**29
 KEPT_RUNS = 64
 KEPT_VIEWS = 4
 EXPIRED = 4096  # ids that are remembered after their runs are not
+
+PATCHES = ("els", "bbels")  # methods whose weights are not over whole images
 
 State = Literal["waiting", "running", "finished", "cancelled", "failed"]
 
@@ -61,7 +64,8 @@ class Run:
         self.state: State = "waiting"
         self.steps: list[Step] = []
         self.bytes = 0
-        self._sources: dict[tuple[int, bool], Sources] = {}
+        self._sources: dict[tuple[int, bool | None], Sources] = {}
+        self._asking: Task | None = None
         self.task: Task | None = None
         self.feed = Feed(self.cancel)
 
@@ -116,12 +120,50 @@ class Run:
             raise GolddiffError(f"step {index} is not there: {len(self.steps)} steps are done, counted from 0")
         return self.steps[index]
 
-    def sources(self, index: int, with_map: bool) -> Sources:
-        """The rows that made the mean of a step; remembered."""
+    def posterior(self, index: int) -> Posterior:
+        """The posterior of a step that is done.
+
+        Raises:
+            GolddiffError: there is no such step, or it has no weights over whole images.
+        """
         step = self.step(index)
+        if self.settings.method in PATCHES:
+            raise GolddiffError(
+                f"{self.settings.method} has weights over patches, not over images: choose optimal, pca or golddiff"
+            )
+        return step.posterior
+
+    def sources(self, index: int, with_map: bool) -> Sources:
+        """The rows that made the mean of a step, at once; remembered."""
+        posterior = self.posterior(index)
         if (index, with_map) not in self._sources:
-            self._sources[index, with_map] = of_image(self.bank, step.posterior, with_map)
+            self._sources[index, with_map] = at_once(self.bank, posterior, with_map=with_map)
         return self._sources[index, with_map]
+
+    def all_sources(self, index: int, worker: Worker) -> Future[Sources]:
+        """The same from all pixels, in turns with other work; a new question of this kind cancels the one before."""
+        answer: Future[Sources] = Future()
+        posterior = self.posterior(index)
+        if (index, None) in self._sources:
+            answer.set_result(self._sources[index, None])
+            return answer
+
+        def item(found: Sources | None) -> None:
+            if found is not None:
+                self._sources[index, None] = found
+
+        def end(ending: Ending, error: Exception | None) -> None:
+            if error is not None:
+                answer.set_exception(error)
+            elif (index, None) in self._sources:
+                answer.set_result(self._sources[index, None])
+            else:
+                answer.set_exception(GolddiffError("another question came before this answer: ask again"))
+
+        if self._asking is not None:
+            self._asking.cancel()
+        self._asking = worker.start(in_turns(self.bank, posterior), item, end)
+        return answer
 
     def compare(self) -> Iterator[Compared]:
         """The posterior of every step beside that of all rows in the same locality."""
@@ -177,7 +219,7 @@ class Explorer:
         bank = self._without(settings.without)
         eligible = bank.rows_of(settings.label)
         model = denoiser(settings.method, bank, **options_of(settings))
-        count = rows_in(bank) if eligible is None else len(eligible)
+        count = len(bank) if eligible is None else len(eligible)
         run = Run(settings, bank, model, count, self.screen)
         with self._lock:
             self._runs[run.id] = run
@@ -262,12 +304,6 @@ def check(settings: RunSettings) -> None:
 def options_of(settings: RunSettings) -> dict[str, str]:
     """The options of the denoiser."""
     return {} if settings.retrieval is None else {"retrieval": settings.retrieval}
-
-
-def rows_in(bank: Bank) -> int:
-    """How many rows a bank, or a view of one, may use."""
-    rows = bank.rows_of(None)
-    return len(bank) if rows is None else len(rows)
 
 
 def described(step: Step, seconds: float, screen: Screen) -> StepEvent:

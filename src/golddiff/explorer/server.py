@@ -16,7 +16,7 @@ from .guard import is_loopback
 
 __all__ = ["serve"]
 
-PATIENCE = 1.0  # seconds that streams and the step under way have to end
+PATIENCE = 0.2  # seconds that the step under way has to end
 
 
 def serve(bank: Bank, host: str = "127.0.0.1", port: int = 8765, *, open_browser: bool = False) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -14,11 +14,11 @@ from ..posterior import Posterior
 from .models import Source, Sources
 from .show import encoded, png
 
-__all__ = ["at_pixel", "of_image"]
+__all__ = ["at_once", "in_turns"]
 
 LISTED = 24
-PRODUCTS = {False: 1e10, True: 1.5e11}  # multiplications that an answer may cost, without and with a map
-WEIGHTS = 2**25  # numbers that are held at once
+PRODUCTS = 1e10  # multiplications between two turns: some tenths of a second
+MAP_PRODUCTS = 3e10  # that a first source map may cost
 OTHER = (140, 140, 140)
 COLOURS = (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
@@ -27,124 +27,127 @@ COLOURS = (
 """Okabe and Ito's colours, which people of any colour vision tell apart, and a few more."""
 
 
-def _listed(bank: Bank, rows: Tensor, shares: Tensor) -> list[Source]:
-    return [
-        Source(row=row, label=label, share=share)
-        for row, label, share in zip(
-            rows[:LISTED].tolist(), bank.labels[rows[:LISTED]].tolist(), shares[:LISTED].tolist(), strict=True
+class Tally:
+    """Adds up the weights of pixels, `(H, W)` bool: how much each row has in all, and which has most at each pixel."""
+
+    def __init__(self, bank: Bank, posterior: Posterior, chosen: Tensor) -> None:
+        self.bank, self.posterior, self.chosen = bank, posterior, chosen
+        self.shape = posterior.mean.shape[1:]
+        self.whole = posterior.log_evidence.ndim == 1  # all pixels have the same weights
+        self.shares = torch.zeros(len(bank.pixels), dtype=torch.float64, device=bank.device)
+        self.source = torch.full((posterior.mean[0].numel(),), -1, device=bank.device)
+        self.heaviest = torch.zeros(posterior.mean[0].numel(), dtype=torch.float64, device=bank.device)
+        self.count = 0
+
+    def add(self, chosen: Tensor) -> None:
+        """Adds the weights of some more pixels."""
+        flat = torch.zeros(1, dtype=torch.long) if self.whole else channels_of(chosen, self.shape[0])
+        for pixels, rows, weights in self.posterior.pieces(0, flat):
+            self.shares[rows] += weights.sum(1)
+            self.heaviest[pixels], best = weights.max(0)
+            self.source[pixels] = rows[best]
+            self.count += len(pixels)
+        if self.whole:
+            self.heaviest[:], self.source[:] = self.heaviest[0].clone(), self.source[0].clone()
+
+    def answer(self, of: int) -> Sources:
+        """The rows with the largest shares, of a region of so many pixels."""
+        shares = self.shares / max(1, self.count)
+        order = shares.argsort(descending=True, stable=True)[:LISTED]
+        rows = [self.listed(row, shares) for row in order.tolist() if shares[row] > 0]
+        return Sources(
+            rows=rows,
+            total=int((shares > 0).sum()),
+            coverage=math.fsum(source.share for source in rows),
+            pixels=of if self.whole else int(self.chosen.sum()),
+            of=of,
         )
-        if share > 0
-    ]
+
+    def listed(self, row: int, shares: Tensor) -> Source:
+        return Source(row=row, label=int(self.bank.labels[row]), share=float(shares[row]))
+
+    def paint(self, answer: Sources, stride: int) -> None:
+        """Puts the source map into an answer, and the rows that dominate much of it."""
+        best = self.heaviest.reshape(self.shape).argmax(0, keepdim=True)
+        every = self.source.reshape(self.shape).gather(0, best)[0].cpu().numpy()
+        source = every[stride // 2 :: stride, stride // 2 :: stride]
+        rows, counts = np.unique(source, return_counts=True)
+        areas = dict(zip(rows.tolist(), (counts / source.size).tolist(), strict=True))
+        known = {listed.row: listed for listed in answer.rows}
+        picture = np.empty((*source.shape, 3), np.uint8)
+        picture[:] = OTHER
+        for row, colour in zip(rows[np.lexsort((rows, -counts))].tolist(), COLOURS, strict=False):
+            if row not in known:
+                known[row] = self.listed(row, self.shares / self.count)
+            known[row].colour = "#{:02x}{:02x}{:02x}".format(*colour)
+            picture[source == row] = colour
+        answer.rows = sorted(known.values(), key=lambda listed: -listed.share)
+        answer.coverage = math.fsum(listed.share for listed in answer.rows)
+        for listed in answer.rows:
+            listed.area = areas.get(listed.row, 0.0)
+        answer.map = encoded(png(enlarged(picture, stride, self.shape[1], self.shape[2])))
 
 
-def at_pixel(bank: Bank, posterior: Posterior, y: int, x: int) -> Sources:
-    """The rows that made a pixel, by their weights there (the mean over the channels)."""
-    found = attribute(bank, posterior, 0, (y, x, y + 1, x + 1))
-    listed = _listed(bank, found.rows, found.shares)
-    return Sources(
-        rows=listed,
-        total=int((found.shares > 0).sum()),
-        coverage=math.fsum(source.share for source in listed),
-        pixels=1,
-        of=1,
-        value=posterior.mean[0, :, y, x].tolist(),
-    )
+def channels_of(chosen: Tensor, channels: int) -> Tensor:
+    """Flat indices of pixels, `(H, W)` bool, in all channels."""
+    return chosen.expand(channels, *chosen.shape).flatten().nonzero()[:, 0]
 
 
-def stride_of(posterior: Posterior, with_map: bool) -> int:
-    """Every how many pixels, down and across, weights are taken, so that it does not take long."""
-    _, height, width = posterior.mean.shape[1:]
+def enlarged(picture: np.ndarray, stride: int, height: int, width: int) -> np.ndarray:
+    """A picture of every so manieth pixel at full size."""
+    full = picture.repeat(stride, 0).repeat(stride, 1)[:height, :width]
+    missing = [(0, height - full.shape[0]), (0, width - full.shape[1]), (0, 0)]
+    return np.pad(full, missing, "edge")
+
+
+def cost_of_pixel(posterior: Posterior) -> float:
+    """Multiplications that the weights of one pixel take, all channels together."""
     if posterior.support is None or posterior.log_evidence.ndim == 1:
-        return 1
-    rows, pixels = posterior.support.size * posterior.support.tile_count, posterior.mean[0].numel()
-    stride = 1
-    while stride < min(height, width):
-        taken = pixels / stride**2
-        if posterior.support.size * pixels * taken <= PRODUCTS[with_map] and rows * taken <= WEIGHTS * 8:
-            break
-        stride *= 2
-    return stride
+        return 0.0
+    return float(posterior.support.size * posterior.mean[0].numel() * posterior.mean.shape[1])
 
 
-def of_image(bank: Bank, posterior: Posterior, with_map: bool) -> Sources:
-    """The rows that made an image, by their share of the weights of all pixels (or of a grid of them)."""
+def grid_of(posterior: Posterior, products: float) -> tuple[Tensor, int]:
+    """Every so manieth pixel, `(H, W)` bool, such that their weights cost little; and that number, a power of two."""
     height, width = posterior.mean.shape[2:]
-    stride = stride_of(posterior, with_map)
+    stride = 1
+    while stride < min(height, width) and cost_of_pixel(posterior) * height * width > products * stride**2:
+        stride *= 2
     grid = torch.zeros(height, width, dtype=torch.bool)
     grid[stride // 2 :: stride, stride // 2 :: stride] = True
-    found = attribute(bank, posterior, 0, None if stride == 1 else grid)
-    listed = _listed(bank, found.rows, found.shares)
-    answer = Sources(
-        rows=listed,
-        total=int((found.shares > 0).sum()),
-        coverage=math.fsum(source.share for source in listed),
-        pixels=int(grid.sum()),
-        of=height * width,
-    )
-    if with_map:
-        best = found.source_weight.argmax(0, keepdim=True)
-        source = found.source.gather(0, best)[0][stride // 2 :: stride, stride // 2 :: stride]
-        answer.map = _painted(source.cpu().numpy(), answer, stride, (height, width), bank)
-        for painted in answer.rows:
-            painted.share = float(found.shares[found.rows == painted.row].sum())
+    return grid, stride
+
+
+def at_once(bank: Bank, posterior: Posterior, pixel: tuple[int, int] | None = None, with_map: bool = False) -> Sources:
+    """The rows that made a pixel (y, x), by their weights there, the mean over the channels; or those that made an
+    image, by their share of the weights of a grid of pixels."""
+    height, width = posterior.mean.shape[2:]
+    if pixel is None:
+        chosen, stride = grid_of(posterior, MAP_PRODUCTS if with_map else PRODUCTS)
+    else:
+        chosen, stride = torch.zeros(height, width, dtype=torch.bool), 1
+        chosen[pixel] = True
+    tally = Tally(bank, posterior, chosen)
+    tally.add(chosen)
+    answer = tally.answer(height * width if pixel is None else 1)
+    if pixel is not None:
+        answer.value = posterior.mean[0, :, pixel[0], pixel[1]].tolist()
+    elif with_map:
+        tally.paint(answer, stride)
     return answer
 
 
-def _painted(source: np.ndarray, answer: Sources, stride: int, size: tuple[int, int], bank: Bank) -> str:
-    """The source map as a PNG; gives the rows of the answer their colours, and adds rows that dominate much."""
-    rows, counts = np.unique(source, return_counts=True)
-    order = np.lexsort((rows, -counts))[: len(COLOURS)]
-    colours = dict(zip(rows[order].tolist(), COLOURS, strict=False))
-    areas = dict(zip(rows.tolist(), (counts / source.size).tolist(), strict=True))
-    known = {listed.row: listed for listed in answer.rows}
-    for row, colour in colours.items():
-        listed = known.get(row) or Source(row=row, label=int(bank.labels[row]), share=0.0)
-        listed.colour = "#{:02x}{:02x}{:02x}".format(*colour)
-        if row not in known:
-            answer.rows.append(listed)
-    for listed in answer.rows:
-        listed.area = areas.get(listed.row, 0.0)
-    picture = np.empty((*source.shape, 3), np.uint8)
-    picture[:] = OTHER
-    for row, colour in colours.items():
-        picture[source == row] = colour
-    full = picture.repeat(stride, 0).repeat(stride, 1)
-    full = np.pad(
-        full, [(0, max(0, side - got)) for side, got in zip(size, full.shape[:2], strict=True)] + [(0, 0)], "edge"
-    )
-    return encoded(png(full[: size[0], : size[1]]))
-
-
-# ---- until golddiff.attribute is there ------------------------------------------------------------------------------
-
-
-@dataclass
-class Attribution:
-    rows: Tensor
-    shares: Tensor
-    source: Tensor
-    source_weight: Tensor
-
-
-def attribute(bank: Bank, posterior: Posterior, b: int = 0, region: object = None) -> Attribution:
-    channels, height, width = posterior.mean.shape[1:]
-    chosen = torch.zeros(height, width, dtype=torch.bool)
-    if region is None:
-        chosen[:] = True
-    elif isinstance(region, Tensor):
-        chosen = region
-    else:
-        top, left, bottom, right = region  # type: ignore[misc]
-        chosen[top:bottom, left:right] = True
-    flat = chosen.expand(channels, height, width).flatten().nonzero()[:, 0]
-    rows, weights = posterior.weights(b, flat)
-    if weights.ndim == 1:
-        weights = weights[:, None].expand(-1, len(flat))
-    shares = weights.mean(1)
-    order = shares.argsort(descending=True, stable=True)
-    source = torch.full((channels * height * width,), -1)
-    heaviest = torch.zeros(channels * height * width, dtype=torch.float64)
-    heaviest[flat], best = weights.max(0)
-    source[flat] = rows[best]
-    shape = (channels, height, width)
-    return Attribution(rows[order], shares[order], source.reshape(shape), heaviest.reshape(shape))
+def in_turns(bank: Bank, posterior: Posterior) -> Iterator[Sources | None]:
+    """The rows that made an image, by their share of the weights of all pixels, with a map; None until it is there."""
+    height, width = posterior.mean.shape[2:]
+    every = torch.ones(height, width, dtype=torch.bool)
+    tally = Tally(bank, posterior, every)
+    together = max(1, int(PRODUCTS / max(cost_of_pixel(posterior), 1.0)))
+    for part in every.flatten().nonzero()[:, 0].split(height * width if tally.whole else together):
+        chosen = torch.zeros(height * width, dtype=torch.bool)
+        chosen[part] = True
+        tally.add(chosen.reshape(height, width))
+        yield None
+    answer = tally.answer(height * width)
+    tally.paint(answer, 1)
+    yield answer

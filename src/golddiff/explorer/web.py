@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from ..bank import Bank
@@ -18,7 +18,6 @@ from ..denoise import METHODS
 from ..errors import GolddiffError
 from ..noise import SCHEDULES
 from ..sample import SAMPLERS
-from . import sources
 from .feed import Following
 from .guard import Guard
 from .models import (
@@ -35,7 +34,8 @@ from .models import (
     Sources,
     StepEvent,
 )
-from .runs import Explorer, Gone
+from .runs import PATCHES, Explorer, Gone
+from .sources import at_once
 from .work import Busy
 
 __all__ = ["application"]
@@ -62,7 +62,7 @@ RETRIEVALS = {
     "golddiff": ["local", "full", "reference", "paper"],
     "ls": ["full", "local", "reference", "paper"],
 }
-WITH_WEIGHTS = ("optimal", "pca", "golddiff", "ls", "nearest")
+WITHOUT_WEIGHTS = ("wiener", *PATCHES)
 NOT_FOUND = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Not found: golddiff</title>
 <meta name="viewport" content="width=device-width"><link rel="stylesheet" href="/page/style.css">
 <main class="lost"><h1>There is nothing at this address</h1>
@@ -213,14 +213,14 @@ def _add_runs(app: FastAPI, explorer: Explorer) -> None:
         run.cancel()
         return run.info()
 
-    @app.get("/api/runs/{id}/steps", response_class=Following, responses=lines_of(StepEvent, Alive, End))
+    @app.get("/api/runs/{id}/steps", response_class=StreamingResponse, responses=lines_of(StepEvent, Alive, End))
     async def follow(id: Id) -> Response:
         """The steps of a run as they are computed, one a line. When nobody reads them any more the run is cancelled."""
         run = explorer.run(id)
         run.begin(explorer.worker)
         return Following(run.feed, alive)
 
-    @app.get("/api/runs/{id}/exact", response_class=Following, responses=lines_of(Compared, Alive, End))
+    @app.get("/api/runs/{id}/exact", response_class=StreamingResponse, responses=lines_of(Compared, Alive, End))
     async def exact(id: Id) -> Response:
         """Every step that is done beside the exact scan of the same locality, one a line, while somebody reads."""
         return Following(explorer.checking(explorer.run(id)), alive)
@@ -228,10 +228,13 @@ def _add_runs(app: FastAPI, explorer: Explorer) -> None:
 
 def _add_questions(app: FastAPI, explorer: Explorer) -> None:
     @app.get("/api/runs/{id}/steps/{index}/sources", responses=REFUSED)
-    async def of_image(id: Id, index: Index, map: bool = False) -> Sources:
-        """The rows that made the posterior mean of a step; with `map`, also which row dominates each pixel."""
+    async def of_image(id: Id, index: Index, detail: Literal["rows", "map", "all"] = "rows") -> Sources:
+        """The rows that made the posterior mean of a step: at once, from a grid of pixels, without or with a map of
+        which row dominates each pixel; or from all pixels."""
         run = explorer.run(id)
-        return await _asked(explorer, lambda: run.sources(index, map))
+        if detail == "all":
+            return await asyncio.wrap_future(run.all_sources(index, explorer.worker))
+        return await _asked(explorer, lambda: run.sources(index, detail == "map"))
 
     @app.get("/api/runs/{id}/steps/{index}/pixels/{y}/{x}", responses=REFUSED)
     async def of_pixel(id: Id, index: Index, y: Whole, x: Whole) -> Sources:
@@ -240,7 +243,7 @@ def _add_questions(app: FastAPI, explorer: Explorer) -> None:
         _, height, width = run.bank.shape
         if y >= height or x >= width:
             raise HTTPException(404, f"there is no pixel {y}, {x}: images are {height} x {width}, counted from 0")
-        return await _asked(explorer, lambda: sources.at_pixel(run.bank, run.step(index).posterior, y, x))
+        return await _asked(explorer, lambda: at_once(run.bank, run.posterior(index), (y, x)))
 
 
 def described(explorer: Explorer) -> BankInfo:
@@ -252,7 +255,7 @@ def described(explorer: Explorer) -> BankInfo:
             about=ABOUT.get(name, ""),
             retrievals=RETRIEVALS.get(name, []),
             retrieval=RETRIEVALS[name][0] if name in RETRIEVALS else None,
-            rows=name in WITH_WEIGHTS,
+            rows=name not in WITHOUT_WEIGHTS,
         )
         for name in sorted(METHODS, key=lambda name: list(ABOUT).index(name) if name in ABOUT else 99)
     ]

@@ -41,18 +41,16 @@ function fill(info) {
   document.title = `${info.name}: golddiff explorer`;
   options($("#method"), info.methods.map((found) => [found.name, found.name]));
   options($("#other"), [["", "nothing"], ...info.methods.map((found) => [found.name, found.name])]);
-  options($("#label"), [["", "any"], ...info.classes.map((found) => [found.label, className(found)])]);
+  options($("#label"), [["", "any"], ...info.classes.map((found) => [found.label, found.name])]);
   options($("#schedule"), info.schedules.map((name) => [name, name]));
   options($("#sampler"), info.samplers.map((name) => [name, name]));
-  options($("#drop-class"), info.classes.map((found) => [found.label, `${className(found)} (${count(found.rows)})`]));
+  options($("#drop-class"), info.classes.map((found) => [found.label, `${found.name} (${count(found.rows)})`]));
   $("#label-field").hidden = $("#class-row").hidden = !info.classes.length;
   $("#steps").max = info.limits.steps;
   $("#statistics").value = info.statistics;
   $("#method").value = "golddiff";
   chooseMethod();
 }
-
-const className = (found) => (found.name === String(found.label) ? found.name : `${found.label} ${found.name}`);
 
 function settings() {
   const value = (name) => $(`#${name}`).value;

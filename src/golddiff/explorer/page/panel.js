@@ -211,7 +211,7 @@ export function fitPanels() {
   for (const panel of app.panels) {
     const pair = $(".pair", panel.root);
     const gap = parseFloat(getComputedStyle(pair).columnGap) || 0;
-    if (pair.clientWidth) panel.fit(Math.min(336, (pair.clientWidth - gap) / 2));
+    if (pair.clientWidth) panel.fit(Math.min(288, (pair.clientWidth - gap) / 2));
   }
 }
 

@@ -18,7 +18,12 @@ export function thumb(source, pixel) {
       mark,
       element("button", { type: "button", class: "remove", "aria-label": `Remove image ${source.row}`, title: "Remove this image and see the same seed again", onclick: () => emit("remove", { kind: "row", value: source.row }) }, "×")),
     element("span", { class: "share" }, source.colour ? swatch(source.colour) : "", percent(source.share)),
-    element("span", { class: "who muted" }, `#${source.row}${name && ` ${name}`}`));
+    element("span", { class: "who muted", title: name }, ...named(source.row, name)));
+}
+
+// Number and class; a long class gets a line of its own.
+function named(row, name) {
+  return name.length > 2 ? [name, element("br"), `#${row}`] : [`#${row}${name && ` ${name}`}`];
 }
 
 function swatch(colour) {
@@ -30,7 +35,7 @@ function swatch(colour) {
 function why(panel) {
   const method = panel.settings.method;
   if (method === "wiener") return "Wiener has no rows: its mean is linear in x_t, from mean and covariance of the bank alone. So there is nothing to attribute.";
-  return methodOf(panel)?.rows ? null : `${method} has no weights over whole training images, so no sources can be shown. Choose optimal, pca, golddiff or ls.`;
+  return methodOf(panel)?.rows ? null : `${method} weighs patches, not whole training images, so no sources can be shown. Choose optimal, pca, golddiff or ls.`;
 }
 
 async function drawGolden() {
@@ -42,10 +47,12 @@ async function drawGolden() {
   $("#map-button").disabled = Boolean(silent);
   if (silent) {
     list.replaceChildren();
+    $("#every").hidden = true;
     $("#golden-note").textContent = silent;
     return drawMap(panel, null);
   }
-  const wanted = `steps/${step.index}/sources${app.map ? "?map=true" : ""}`;
+  const every = `steps/${step.index}/sources?detail=all`;
+  const wanted = panel.kept.has(every) ? every : `steps/${step.index}/sources?detail=${app.map ? "map" : "rows"}`;
   let found;
   try {
     if (app.map) say("Drawing the source map …");
@@ -61,6 +68,7 @@ async function drawGolden() {
   const grid = found.pixels < found.of ? ` From ${count(found.pixels)} of ${count(found.of)} pixels.` : "";
   const of = step.golden === step.eligible ? `all ${count(step.eligible)} images` : `${count(step.golden)} of ${count(step.eligible)} images taken for each pixel`;
   $("#golden-note").textContent = `The training images that carry this mean: these ${found.rows.length} hold ${percent(found.coverage)} of its weights; ${of}.${grid}`;
+  $("#every").hidden = found.pixels === found.of;
   drawMap(panel, app.map ? found : null);
 }
 
@@ -114,6 +122,21 @@ function soon() {
   }, PAUSE);
 }
 
+// The shares and the map from all pixels, not from a grid of them.
+async function askEvery() {
+  const panel = activePanel();
+  $("#every").disabled = true;
+  say("Asking all pixels …");
+  try {
+    await panel.asked(`steps/${panel.shown.index}/sources?detail=all`);
+    say("");
+  } catch (error) {
+    say(`${error.message}.`);
+  }
+  $("#every").disabled = false;
+  drawGolden();
+}
+
 export function toggleMap() {
   app.map = !app.map;
   $("#map-button").setAttribute("aria-pressed", app.map);
@@ -141,4 +164,5 @@ $("#which").addEventListener("change", (event) => {
   emit("pixel");
 });
 $("#map-button").addEventListener("click", toggleMap);
+$("#every").addEventListener("click", askEvery);
 $("#pixel-close").addEventListener("click", closePixel);
