@@ -1,8 +1,10 @@
+# ruff: noqa: E402 - what is optional is looked for first
 """The explorer's server: what it answers, refuses, forgets, and does for two at once."""
 
 import base64
 import io
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -16,11 +18,12 @@ import torch
 from PIL import Image
 
 pytest.importorskip("fastapi", reason="the extra web is not installed")
-pytest.importorskip("httpx", reason="httpx is not installed")
+httpx = pytest.importorskip("httpx2", reason="httpx2 is not installed")
 from fastapi.testclient import TestClient
 
 import golddiff as gd
 from golddiff.denoise import METHODS
+from golddiff.explorer import serve
 from golddiff.explorer.guard import COOKIE, is_loopback
 from golddiff.explorer.runs import Explorer
 from golddiff.explorer.show import Screen
@@ -448,13 +451,28 @@ def test_floats_of_many_channels_are_shown_by_their_first():
 # ---- the command -------------------------------------------------------------------------------------------------
 
 
-def test_a_port_in_use_and_a_wrong_one(tmp_path):
+def test_ports_and_hosts_that_cannot_be_used(bank):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        for given, said in ((port, "--port 0 for a free one"), (70000, "from 0 to 65535")):
-            command = [sys.executable, "-m", "golddiff", "serve", "digits", "--limit", "300", "--port", str(given)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-            assert done.returncode == 2
-            assert said in done.stderr
+        with pytest.raises(gd.GolddiffError, match="--port 0 for a free one"):
+            serve(bank, port=port)
+    with pytest.raises(gd.GolddiffError, match="from 0 to 65535"):
+        serve(bank, port=70_000)
+    with pytest.raises(gd.GolddiffError, match="no address of this machine"):
+        serve(bank, "no such host", 0)
+
+
+def test_it_ends_at_an_interrupt_with_streams_open(tmp_path):
+    command = [sys.executable, "-m", "golddiff", "serve", "digits", "--limit", "300", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        address = server.stdout.readline().split()[-1]
+        name = httpx.post(f"{address}api/runs", json={"steps": 200, "method": "els"}).json()["id"]
+        with httpx.stream("GET", f"{address}api/runs/{name}/steps", timeout=30) as stream:
+            lines = stream.iter_lines()
+            assert json.loads(next(lines))["kind"] in ("step", "alive")
+            server.send_signal(signal.SIGINT)
+            assert json.loads(list(lines)[-1])["state"] == "cancelled"
+        assert server.wait(30) == 0
+        assert "stopped" in server.stdout.read()
