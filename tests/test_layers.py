@@ -10,8 +10,8 @@ import golddiff
 ORDER = [
     "errors", "files", "ranks", "images", "noise", "proxy", "spectrum", "prepare", "kernels", "bank", "locality",
     "golden", "scores", "drawing", "cells", "importance", "certified", "posterior", "denoise", "oracle", "metrics",
-    "sample", "calibrate", "concentrate", "training", "pictures", "recipe", "runs", "compare", "doctor",
-    "explorer", "cli",
+    "sample", "calibrate", "concentrate", "training", "pictures", "recipe", "runs", "compare",
+    "attribution", "reports", "doctor", "explorer", "cli",
 ]  # fmt: skip
 FOLDER = Path(golddiff.__file__).parent
 

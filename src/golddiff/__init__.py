@@ -10,6 +10,7 @@ follows it from noise to image is a generative model that was never trained.
     images    = gd.sample(denoiser, seeds=range(16))
 """
 
+from .attribution import Attribution, attribute
 from .bank import Bank
 from .calibrate import calibrate
 from .compare import compare
@@ -29,6 +30,7 @@ __all__ = [
     "DDPM",
     "EDM",
     "Ancestral",
+    "Attribution",
     "Bank",
     "Cosine",
     "DPMSolver",
@@ -44,6 +46,7 @@ __all__ = [
     "Sampler",
     "Schedule",
     "Step",
+    "attribute",
     "calibrate",
     "compare",
     "concentrate",

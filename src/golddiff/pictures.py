@@ -14,10 +14,11 @@ from torch import Tensor
 from .errors import GolddiffError
 from .files import replacing
 
-__all__ = ["grid", "save_png", "to_uint8"]
+__all__ = ["framed", "grid", "rgb", "save_png", "to_uint8"]
 
 TILE = 96  # small pictures are enlarged to about this side
 PAPER, INK = 255, 60
+FRAME = 3
 TEXT = 15  # height of letters in pixels
 
 
@@ -25,6 +26,24 @@ def to_uint8(images: Tensor) -> np.ndarray:
     """`(N, C, H, W)` in [-1, 1] -> `(N, H, W, C)` uint8; values outside are clipped."""
     scaled = ((images.detach().cpu().double() + 1) * 127.5).round().clamp(0, 255)
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def rgb(picture: np.ndarray) -> np.ndarray:
+    """`(H, W, C)` uint8 with 1, 3 or 4 channels -> `(H, W, 3)`; transparency is laid on white."""
+    if picture.shape[2] != 4:
+        return np.asarray(_image(picture).convert("RGB"))
+    image = _image(picture)
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
+
+
+def framed(picture: np.ndarray, colour: np.ndarray | None = None) -> np.ndarray:
+    """`(H, W, 3)` uint8, enlarged as in `grid`, with a frame of some colour (none: white) around it."""
+    zoom = math.ceil(TILE / max(picture.shape[:2]))
+    big = picture.repeat(zoom, axis=0).repeat(zoom, axis=1)
+    frame = np.empty((big.shape[0] + 2 * FRAME, big.shape[1] + 2 * FRAME, 3), np.uint8)
+    frame[:] = PAPER if colour is None else colour
+    frame[FRAME:-FRAME, FRAME:-FRAME] = big
+    return frame
 
 
 def grid(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from .errors import GolddiffError, unknown
 from .files import replacing
 from .images import NO_LABEL
 from .noise import SCHEDULES
-from .sample import SAMPLERS, levels_from, sampler_named
+from .sample import SAMPLERS, Step, levels_from, sampler_named, trajectory
 
-__all__ = ["DEFAULTS", "Recipe", "comparison", "parse_options", "parse_seeds", "read_settings"]
+__all__ = ["DEFAULTS", "Recipe", "comparison", "parse_labels", "parse_options", "parse_seeds", "read_settings"]
 
 FORMAT = 1
 RECIPES = Path(__file__).parent / "recipes"
@@ -97,9 +97,26 @@ class Recipe:
         return recipe, model
 
     @property
+    def times(self) -> list[float]:
+        """The times of its steps; fewer than `steps` with a `start`."""
+        return [time for time, _ in levels_from(SCHEDULES[self.schedule](), self.steps, self.start)]
+
+    @property
     def levels(self) -> int:
-        """How many steps there are; fewer than `steps` with a `start`."""
-        return len(levels_from(SCHEDULES[self.schedule](), self.steps, self.start))
+        """How many steps there are."""
+        return len(self.times)
+
+    def trajectory(self, model: Denoiser, seeds: Sequence[int]) -> Iterator[Step]:
+        """Samples some seeds step by step, with a denoiser of `resolve` or one like it."""
+        return trajectory(
+            model,
+            seeds,
+            steps=self.steps,
+            schedule=SCHEDULES[self.schedule](),
+            sampler=sampler_named(self.sampler),
+            labels=[self.label_of(seed) for seed in seeds],
+            start=self.start,
+        )
 
     def label_of(self, seed: int) -> int:
         """The label of a seed, -1 for none."""

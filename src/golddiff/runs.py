@@ -26,11 +26,10 @@ from .denoise import Denoiser
 from .denoise.scan import nearest_images
 from .errors import GolddiffError, unknown
 from .files import replacing
-from .noise import schedule_named
 from .pictures import grid, save_png, to_uint8
 from .ranks import ALONE, Ranks
 from .recipe import Recipe
-from .sample import Step, sampler_named, trajectory
+from .sample import Step
 
 __all__ = ["memory_since", "peak_memory", "run"]
 
@@ -101,7 +100,7 @@ def run(
         with tqdm(total=sum(map(len, todo)) * recipe.levels, desc=recipe.method, unit="step", disable=shown) as bar:
             for seeds in todo:
                 kept = []
-                for step in meter.timed(_trajectory(denoiser, recipe, seeds)):
+                for step in meter.timed(recipe.trajectory(denoiser, seeds)):
                     if save_steps:
                         kept.append(_Kept.of(step))
                     bar.update(len(seeds))
@@ -132,18 +131,6 @@ def _work_of(recipe: Recipe, folder: _RunFolder, batch: int, ranks: Ranks, sprea
         return [seeds for seeds, own, open_ in zip(batches, mine, left.tolist(), strict=True) if own and open_], True
     agreed = ranks.gathered(left.int())[0]  # all do the same
     return [seeds for seeds, open_ in zip(batches, agreed.tolist(), strict=True) if open_], ranks.is_first
-
-
-def _trajectory(denoiser: Denoiser, recipe: Recipe, seeds: list[int]) -> Any:
-    return trajectory(
-        denoiser,
-        seeds,
-        steps=recipe.steps,
-        schedule=schedule_named(recipe.schedule),
-        sampler=sampler_named(recipe.sampler),
-        labels=[recipe.label_of(seed) for seed in seeds],
-        start=recipe.start,
-    )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..attribution import attribute
 from ..bank import Bank
 from ..posterior import Posterior
 from .models import Source, Sources
@@ -28,27 +29,26 @@ COLOURS = (
 
 
 class Tally:
-    """Adds up the weights of pixels, `(H, W)` bool: how much each row has in all, and which has most at each pixel."""
+    """Adds up attributions of pixels, `(H, W)` bool: how much each row has in all, and which has most at each pixel."""
 
     def __init__(self, bank: Bank, posterior: Posterior, chosen: Tensor) -> None:
         self.bank, self.posterior, self.chosen = bank, posterior, chosen
-        self.shape = posterior.mean.shape[1:]
         self.whole = posterior.log_evidence.ndim == 1  # all pixels have the same weights
         self.shares = torch.zeros(len(bank.pixels), dtype=torch.float64, device=bank.device)
-        self.source = torch.full((posterior.mean[0].numel(),), -1, device=bank.device)
-        self.heaviest = torch.zeros(posterior.mean[0].numel(), dtype=torch.float64, device=bank.device)
+        self.source = torch.full(bank.shape, -1, device=bank.device)
+        self.heaviest = torch.zeros(bank.shape, dtype=torch.float64, device=bank.device)
         self.count = 0
 
     def add(self, chosen: Tensor) -> None:
         """Adds the weights of some more pixels."""
-        flat = torch.zeros(1, dtype=torch.long) if self.whole else channels_of(chosen, self.shape[0])
-        for pixels, rows, weights in self.posterior.pieces(0, flat):
-            self.shares[rows] += weights.sum(1)
-            self.heaviest[pixels], best = weights.max(0)
-            self.source[pixels] = rows[best]
-            self.count += len(pixels)
+        found = attribute(self.bank, self.posterior, 0, [0] if self.whole else chosen)
+        self.shares[found.rows] += found.shares * len(found.pixels)
+        self.count += len(found.pixels)
         if self.whole:
-            self.heaviest[:], self.source[:] = self.heaviest[0].clone(), self.source[0].clone()
+            self.source[:], self.heaviest[:] = found.rows[0], found.shares[0]
+        else:
+            self.source = torch.maximum(self.source, found.source)
+            self.heaviest += found.source_weight
 
     def answer(self, of: int) -> Sources:
         """The rows with the largest shares, of a region of so many pixels."""
@@ -68,8 +68,8 @@ class Tally:
 
     def paint(self, answer: Sources, stride: int) -> None:
         """Puts the source map into an answer, and the rows that dominate much of it."""
-        best = self.heaviest.reshape(self.shape).argmax(0, keepdim=True)
-        every = self.source.reshape(self.shape).gather(0, best)[0].cpu().numpy()
+        best = self.heaviest.argmax(0, keepdim=True)
+        every = self.source.gather(0, best)[0].cpu().numpy()
         source = every[stride // 2 :: stride, stride // 2 :: stride]
         rows, counts = np.unique(source, return_counts=True)
         areas = dict(zip(rows.tolist(), (counts / source.size).tolist(), strict=True))
@@ -85,12 +85,7 @@ class Tally:
         answer.coverage = math.fsum(listed.share for listed in answer.rows)
         for listed in answer.rows:
             listed.area = areas.get(listed.row, 0.0)
-        answer.map = encoded(png(enlarged(picture, stride, self.shape[1], self.shape[2])))
-
-
-def channels_of(chosen: Tensor, channels: int) -> Tensor:
-    """Flat indices of pixels, `(H, W)` bool, in all channels."""
-    return chosen.expand(channels, *chosen.shape).flatten().nonzero()[:, 0]
+        answer.map = encoded(png(enlarged(picture, stride, *self.bank.shape[1:])))
 
 
 def enlarged(picture: np.ndarray, stride: int, height: int, width: int) -> np.ndarray:
