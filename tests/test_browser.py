@@ -241,7 +241,7 @@ def test_images_and_classes_are_removed_and_put_back(page, bank):
     done(page, panel="without")
     true = steps_of(bank.without(rows=[row]))[-1].posterior.mean[0]
     assert np.array_equal(shown(page, "mean", "without"), pixels(true))
-    assert page.locator(".panel[data-panel=without] .badge").inner_text() == "without 1 of 300"
+    assert page.locator(".panel[data-panel=without] .badge").inner_text() == "1 removed"
     page.locator("#statistics").select_option("keep")
     page.wait_for_timeout(50)
     done(page, panel="without")
@@ -251,7 +251,7 @@ def test_images_and_classes_are_removed_and_put_back(page, bank):
     page.locator("#drop").focus()
     page.keyboard.press("Enter")
     lacking = len(bank) - len(bank.without(rows=[row], labels=[8]))
-    expect(page.locator(".panel[data-panel=without] .badge")).to_have_text(f"without {lacking} of 300")
+    expect(page.locator(".panel[data-panel=without] .badge")).to_have_text(f"{lacking} removed")
     done(page, panel="without")
     true = steps_of(bank.without(rows=[row], labels=[8], statistics="keep"))[-1].posterior.mean[0]
     assert np.array_equal(shown(page, "mean", "without"), pixels(true))

@@ -23,7 +23,7 @@ function options(select, entries) {
 
 function retrievals(select, field, name) {
   const known = method(name)?.retrievals ?? [];
-  options(select, known.map((value) => [value, value === "full" ? "full: all rows" : value]));
+  options(select, known.map((value) => [value, value]));
   select.disabled = !known.length;
   field.classList.toggle("idle", !known.length);
 }
@@ -44,7 +44,7 @@ function fill(info) {
   options($("#label"), [["", "any"], ...info.classes.map((found) => [found.label, found.name])]);
   options($("#schedule"), info.schedules.map((name) => [name, name]));
   options($("#sampler"), info.samplers.map((name) => [name, name]));
-  options($("#drop-class"), info.classes.map((found) => [found.label, `${found.name} (${count(found.rows)})`]));
+  options($("#drop-class"), info.classes.map((found) => [found.label, found.name]));
   $("#label-field").hidden = $("#class-row").hidden = !info.classes.length;
   $("#steps").max = info.limits.steps;
   $("#statistics").value = info.statistics;
@@ -182,10 +182,10 @@ on("state", (panel) => {
   const busy = app.panels.some((other) => ["waiting", "running"].includes(other.state));
   $("#cancel").disabled = !busy;
   panel.root.dataset.state = panel.state;
+  if (!busy) say(panel.state === "finished" ? `Done: ${panel.total} steps.` : "");
   if (panel.key !== "main") return;
   document.body.dataset.state = panel.state;
   if (panel.state === "waiting") say("Asking the server …");
-  if (panel.state === "finished") say(`Done: ${panel.total} steps.`);
   if (panel.state === "cancelled") say("Cancelled.");
   if (panel.state === "failed") say("This cannot be run as asked; the message says why.");
 });

@@ -3,6 +3,7 @@ import { app, $, on } from "./state.js";
 import { count } from "./format.js";
 
 const NS = "http://www.w3.org/2000/svg";
+const LINES = { compare: "Dashed:", without: "Dotted: without the removed images," };
 const LEFT = 44, RIGHT = 10, TOP = 8, BOTTOM = 30, HEIGHT = 190;
 
 function shape(tag, attributes, text) {
@@ -60,9 +61,11 @@ export function drawSupport() {
   if (main?.steps.length) svg.append(shape("line", { x1: scale.x(app.index), x2: scale.x(app.index), y1: TOP, y2: HEIGHT - BOTTOM, class: "now" }));
   const silent = app.panels.filter((panel) => !curve(svg, panel, scale) && panel.steps.length);
   box.replaceChildren(svg);
+  const drawn = app.panels.filter((panel) => LINES[panel.key] && panel.steps.length && !silent.includes(panel));
+  const said = [...drawn.map((panel) => `${LINES[panel.key]} ${panel.title}.`), ...silent.map((panel) => `${panel.settings.method} says nothing of its support.`)];
   const note = $("#support-note");
-  note.hidden = !silent.length;
-  note.textContent = silent.map((panel) => `${panel.settings.method} says nothing of its support.`).join(" ");
+  note.hidden = !said.length;
+  note.textContent = said.join(" ");
 }
 
 function described() {

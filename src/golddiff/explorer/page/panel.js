@@ -33,7 +33,7 @@ export class Panel {
     const lacking = left ? left.rows.length + left.labels.length : 0;
     $("h2", this.root).textContent = this.title;
     this.badge.hidden = this.key === "main";
-    this.badge.textContent = lacking && this.rows ? `without ${count(app.info.rows - this.rowsOfBank())} of ${count(app.info.rows)}` : WORDS[this.key];
+    this.badge.textContent = lacking && this.rows ? `${count(app.info.rows - this.rowsOfBank())} removed` : WORDS[this.key];
     this.pick.setAttribute("aria-label", `Posterior mean of ${this.title}. Arrow keys move the pixel, Enter shows its sources.`);
   }
 
@@ -224,7 +224,7 @@ function drawReadout() {
     ["α", number(step.alpha)],
     ["σ", number(step.sigma)],
     ...(step.ess ? [["images, effective", number(step.ess.median)]] : []),
-    ...app.panels.filter((panel) => panel.shown).map((panel) => [app.panels.length > 1 ? `time, ${panel.title}` : "time", seconds(panel.shown.seconds)]),
+    [app.panels.length > 1 ? "times, left to right" : "time", app.panels.filter((panel) => panel.shown).map((panel) => seconds(panel.shown.seconds)).join(" · ")],
   ];
   $("#readout").replaceChildren(...entries.map(([term, value]) => element("div", {}, element("dt", {}, term), element("dd", {}, value))));
 }
