@@ -20,7 +20,7 @@ __all__ = ["at_once", "in_turns"]
 LISTED = 24
 PRODUCTS = 1e10  # multiplications between two turns: some tenths of a second
 MAP_PRODUCTS = 3e10  # that a first source map may cost
-OTHER = (140, 140, 140)
+OTHER, SHADES = 90, 90  # rows beyond the colours are grey, each in a shade of its own or nearly so
 COLOURS = (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
     (120, 94, 240), (170, 220, 130), (150, 75, 40), (255, 176, 190), (60, 60, 60),
@@ -74,8 +74,7 @@ class Tally:
         rows, counts = np.unique(source, return_counts=True)
         areas = dict(zip(rows.tolist(), (counts / source.size).tolist(), strict=True))
         known = {listed.row: listed for listed in answer.rows}
-        picture = np.empty((*source.shape, 3), np.uint8)
-        picture[:] = OTHER
+        picture = np.repeat(OTHER + source[:, :, None] * 37 % SHADES, 3, 2).astype(np.uint8)
         for row, colour in zip(rows[np.lexsort((rows, -counts))].tolist(), COLOURS, strict=False):
             if row not in known:
                 known[row] = self.listed(row, self.shares / self.count)

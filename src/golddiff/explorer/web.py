@@ -34,8 +34,8 @@ from .models import (
     Sources,
     StepEvent,
 )
-from .runs import PATCHES, Explorer, Gone
-from .sources import at_once
+from .run import PATCHES
+from .runs import Explorer, Gone
 from .work import Busy
 
 __all__ = ["application"]
@@ -240,10 +240,10 @@ def _add_questions(app: FastAPI, explorer: Explorer) -> None:
     async def of_pixel(id: Id, index: Index, y: Whole, x: Whole) -> Sources:
         """The rows that made a pixel, with their exact weights."""
         run = explorer.run(id)
-        _, height, width = run.bank.shape
+        _, height, width = explorer.bank.shape
         if y >= height or x >= width:
             raise HTTPException(404, f"there is no pixel {y}, {x}: images are {height} x {width}, counted from 0")
-        return await _asked(explorer, lambda: at_once(run.bank, run.posterior(index), (y, x)))
+        return await _asked(explorer, lambda: run.pixel(index, y, x))
 
 
 def described(explorer: Explorer) -> BankInfo:

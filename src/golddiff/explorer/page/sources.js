@@ -67,7 +67,7 @@ async function drawGolden() {
   list.dataset.step = step.index;
   const grid = found.pixels < found.of ? ` From ${count(found.pixels)} of ${count(found.of)} pixels.` : "";
   const of = step.golden === step.eligible ? `all ${count(step.eligible)} images` : `${count(step.golden)} of ${count(step.eligible)} images taken for each pixel`;
-  $("#golden-note").textContent = `The training images that carry this mean: these ${found.rows.length} hold ${percent(found.coverage)} of its weights; ${of}.${grid}${app.map ? " Grey in the map: rows beyond these colours." : ""}`;
+  $("#golden-note").textContent = `The training images that carry this mean: these ${found.rows.length} hold ${percent(found.coverage)} of its weights; ${of}.${grid}${app.map ? " Greys in the map: rows beyond these colours." : ""}`;
   $("#every").hidden = found.pixels === found.of;
   drawMap(panel, app.map ? found : null);
 }
