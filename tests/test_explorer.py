@@ -432,13 +432,17 @@ def test_the_worker_answers_questions_between_steps_and_survives_errors():
         yield 1
         raise gd.GolddiffError("this fails")
 
+    held = threading.Event()
+    worker.ask(lambda: held.wait(10))
+    worker.start(iter(["patient"] * 2), seen.append, patient=True)
     worker.start(failing(), seen.append, lambda ending, error: ends.append((ending, str(error))))
+    held.set()
     with pytest.raises(ZeroDivisionError):
         worker.ask(lambda: 1 // 0).result(10)
     assert worker.ask(lambda: 7).result(10) == 7
     while worker.waiting:
         time.sleep(0.01)
-    assert (seen, ends) == ([1], [("failed", "this fails")])
+    assert (seen, ends) == ([1, "patient", "patient"], [("failed", "this fails")])
     assert worker.stop(10)
     with pytest.raises(CancelledError):
         worker.ask(lambda: 1).result(10)

@@ -105,7 +105,8 @@ class Alive(BaseModel):
     """A sign of life while nothing else is to be said."""
 
     kind: Literal["alive"] = "alive"
-    others: int = Field(description="Other runs that are being computed.")
+    others: int = Field(description="Other tasks under way.")
+    preparing: bool = Field(description="Masks and compiled loops are still being made.")
 
 
 class End(BaseModel):

@@ -55,7 +55,7 @@ class Explorer:
         self._checks: WeakSet[Feed] = WeakSet()
         self._lock = threading.RLock()  # a signal may come while it is held
         if prepare:
-            self.worker.start(self._prepare(), on_end=self._ready)
+            self.worker.start(self._prepare(), on_end=self._ready, patient=True)
 
     def _prepare(self) -> Iterator[Step]:
         """Masks, statistics and compiled loops of the method and steps that the page begins with."""

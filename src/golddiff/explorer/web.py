@@ -194,7 +194,8 @@ def _add_bank(app: FastAPI, explorer: Explorer) -> None:
 
 def _add_runs(app: FastAPI, explorer: Explorer) -> None:
     def alive() -> str:
-        return Alive(others=max(0, explorer.worker.waiting - 1)).model_dump_json() + "\n"
+        others = max(0, explorer.worker.waiting - 1)
+        return Alive(others=others, preparing=not explorer.prepared).model_dump_json() + "\n"
 
     @app.post("/api/runs", status_code=201, responses=REFUSED)
     async def create(settings: RunSettings) -> RunInfo:

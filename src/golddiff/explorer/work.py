@@ -64,6 +64,7 @@ class Worker:
     def __init__(self, most: int = 8) -> None:
         self.most = most
         self._tasks: deque[Task] = deque()
+        self._patient: deque[Task] = deque()
         self._questions: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._news = threading.Condition()
         self.stopped = False
@@ -92,8 +93,9 @@ class Worker:
         work: Iterator[Any],
         on_item: Callable[[Any], None] = lambda item: None,
         on_end: OnEnd = lambda ending, error: None,
+        patient: bool = False,
     ) -> Task:
-        """Begins a task.
+        """Begins a task; a patient one gets a turn only when no other wants it.
 
         Raises:
             Busy: there are `most` already.
@@ -103,7 +105,7 @@ class Worker:
             if self._count >= self.most or self.stopped:
                 raise Busy
             self._count += 1
-            self._tasks.append(task)
+            (self._patient if patient else self._tasks).append(task)
             self._news.notify()
         return task
 
@@ -111,7 +113,7 @@ class Worker:
         """Cancels everything; whether the thread has ended within `patience` seconds."""
         with self._news:
             self.stopped = True
-            for task in self._tasks:
+            for task in (*self._tasks, *self._patient):
                 task.cancel()
             for answer, _ in self._questions:
                 answer.cancel()
@@ -123,11 +125,12 @@ class Worker:
     def _loop(self) -> None:
         while True:
             with self._news:
-                self._news.wait_for(lambda: self.stopped or self._questions or self._tasks)
-                if self.stopped and not self._tasks:
+                self._news.wait_for(lambda: self.stopped or self._questions or self._tasks or self._patient)
+                queue = self._tasks or self._patient
+                if self.stopped and not queue:
                     return
                 question = self._questions.popleft() if self._questions else None
-                task = self._tasks.popleft() if question is None else None
+                task = queue.popleft() if question is None else None
                 if task and self.stopped:
                     task.cancel()
             if question:
@@ -136,7 +139,7 @@ class Worker:
                 going_on = task.turn()
                 with self._news:
                     if going_on:
-                        self._tasks.append(task)
+                        queue.append(task)
                     else:
                         self._count -= 1
 

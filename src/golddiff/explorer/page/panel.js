@@ -83,8 +83,7 @@ export class Panel {
 
   take(event) {
     if (event.kind === "alive") {
-      if (this.state === "running" && this.key === "main")
-        say(event.others ? `Waiting for a step; ${event.others} more ${event.others > 1 ? "tasks" : "task"} under way.` : "Computing a step …");
+      if (this.state === "running" && this.key === "main") say(waiting(event));
     } else if (event.kind === "step") {
       this.steps.push(event);
       this.total = event.count;
@@ -190,6 +189,11 @@ export class Panel {
     app.pixel = pixel;
     emit("pixel");
   }
+}
+
+function waiting({ others, preparing }) {
+  if (preparing) return "The server is preparing masks and compiled loops; the first steps wait for that …";
+  return others ? `Computing a step, in turns with ${others} other ${others > 1 ? "tasks" : "task"} …` : "Computing a step …";
 }
 
 export function place(mark, pixel) {
