@@ -23,7 +23,7 @@ from fastapi.testclient import TestClient
 
 import golddiff as gd
 from golddiff.denoise import METHODS
-from golddiff.explorer import serve
+from golddiff.explorer import serve, sources
 from golddiff.explorer.guard import COOKIE, is_loopback
 from golddiff.explorer.runs import Explorer
 from golddiff.explorer.show import Screen
@@ -157,11 +157,11 @@ def test_weights_of_a_pixel_are_those_of_the_posterior(client, bank, method):
 
 
 @pytest.mark.parametrize("method", ["optimal", "golddiff"])
-@pytest.mark.parametrize("detail", ["rows", "map", "all"])
-def test_shares_of_an_image_are_means_of_weights(client, bank, method, detail):
+@pytest.mark.parametrize("every", [False, True])
+def test_shares_of_an_image_are_means_of_weights(client, bank, method, every):
     name = begun(client, method=method, steps=4)
     followed(client, name)
-    found = client.get(f"/api/runs/{name}/steps/2/sources", params={"detail": detail}).json()
+    found = client.get(f"/api/runs/{name}/steps/2/sources", params={"every": every}).json()
     rows, weights = expected(bank, method)[2].posterior.weights(0)
     weights = weights[:, None].expand(-1, 64) if weights.ndim == 1 else weights
     shares = dict(zip(rows.tolist(), weights.mean(1).tolist(), strict=True))
@@ -169,7 +169,8 @@ def test_shares_of_an_image_are_means_of_weights(client, bank, method, detail):
     assert sum(source["share"] for source in found["rows"]) == pytest.approx(found["coverage"])
     for source in found["rows"]:
         assert source["share"] == pytest.approx(shares[source["row"]])
-    if detail != "rows":
+    assert (found["map"] is not None) == every
+    if every:
         dominant = rows[weights.argmax(0)].reshape(8, 8).numpy()
         colours = picture(found["map"])
         for source in found["rows"]:
@@ -179,22 +180,33 @@ def test_shares_of_an_image_are_means_of_weights(client, bank, method, detail):
                 assert np.array_equal(mine, dominant == source["row"])
 
 
-def test_sources_of_large_work_come_from_a_grid_first(client, explorer, bank, monkeypatch):
-    from golddiff.explorer import sources
-
-    monkeypatch.setattr(sources, "PRODUCTS", 300 * 64 * 16)
+def test_sources_of_large_work_come_from_some_pixels_first(client, bank, monkeypatch):
+    monkeypatch.setattr(sources, "TURN", 300 * 64 * (sources.READING + 8))
+    monkeypatch.setattr(sources, "FEW", 300 * 64 * (sources.READING + 8) * 2)
     name = begun(client, steps=4)
     followed(client, name)
     found = client.get(f"/api/runs/{name}/steps/2/sources").json()
     assert (found["pixels"], found["of"]) == (16, 64)
-    _, weights = expected(bank)[2].posterior.weights(0)
-    grid = torch.zeros(8, 8, dtype=torch.bool)
-    grid[1::2, 1::2] = True
-    shares = weights[:, grid.flatten()].mean(1)
-    assert found["rows"][0]["share"] == pytest.approx(float(shares.max()))
-    every = client.get(f"/api/runs/{name}/steps/2/sources?detail=all").json()
+    weights = expected(bank)[2].posterior.weights(0)[1]
+    some = torch.zeros(64, dtype=torch.bool)
+    some[0::8] = some[4::8] = True  # 8 parts of 8 pixels, of which every fourth is taken
+    assert found["rows"][0]["share"] == pytest.approx(float(weights[:, some].mean(1).max()))
+    every = client.get(f"/api/runs/{name}/steps/2/sources?every=true").json()
     assert every["pixels"] == 64
     assert every["rows"][0]["share"] == pytest.approx(float(weights.mean(1).max()))
+
+
+def test_parts_of_tiles_are_all_pixels(bank):
+    pixels, labels = np.random.default_rng(0).integers(0, 255, (900, 8, 8, 3), np.uint8), np.zeros(900, int)
+    colour = gd.Bank.build(pixels, labels=labels)
+    posterior = expected(colour, "golddiff", steps=2, tol=0.2)[1].posterior
+    parts = sources.parts_of(posterior, colour, 1.0)
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(192))
+    *_, answer = sources.image_of(colour, posterior, True)
+    rows, weights = posterior.weights(0)
+    shares = dict(zip(rows.tolist(), weights.mean(1).tolist(), strict=True))
+    assert [found.share for found in answer.rows] == pytest.approx([shares[found.row] for found in answer.rows])
+    assert answer.rows[0].share == pytest.approx(max(shares.values()))
 
 
 @pytest.mark.parametrize("statistics", ["recompute", "keep"])
@@ -290,8 +302,8 @@ def test_steps_and_pixels_that_are_not_there(client):
     for path, status in (
         ("steps/2/sources", 422),
         ("steps/-1/sources", 422),
-        ("steps/0/sources?detail=most", 422),
-        ("steps/2/sources?detail=all", 422),
+        ("steps/0/sources?every=perhaps", 422),
+        ("steps/2/sources?every=true", 422),
         ("steps/2/pixels/0/0", 422),
         ("steps/0/pixels/8/0", 404),
         ("steps/0/pixels/0/8", 404),

@@ -20,7 +20,7 @@ from ..sample import SAMPLERS, Step, levels_from, sampler_named, trajectory
 from .feed import Feed
 from .models import Compared, End, RunInfo, RunSettings, Sources, StepEvent, Support
 from .show import Screen
-from .sources import at_once, in_turns
+from .sources import image_of, pixel_of
 from .stock import Stock
 from .work import Busy, Ending, Task, Worker
 
@@ -53,7 +53,7 @@ class Run:
         self.rows = len(bank) if eligible is None else len(eligible)
         self.state: State = "waiting"
         self.steps: list[tuple[Tensor, Noise]] = []
-        self._sources: dict[tuple[int, bool | None], Sources] = {}
+        self._sources: dict[tuple[int, bool], Sources] = {}
         self._asking: Task | None = None
         self.task: Task | None = None
         self.feed = Feed(self.cancel)
@@ -131,42 +131,41 @@ class Run:
 
     def pixel(self, index: int, y: int, x: int) -> Sources:
         """The rows that made a pixel of a step."""
-        return at_once(self.stock.whole, self.posterior(index), (y, x))
+        return pixel_of(self.stock.whole, self.posterior(index), y, x)
 
-    def sources(self, index: int, with_map: bool) -> Sources:
-        """The rows that made the mean of a step, at once; remembered."""
-        self.check_step(index)
-        if (index, with_map) not in self._sources:
-            self._sources[index, with_map] = at_once(self.stock.whole, self.posterior(index), with_map=with_map)
-        return self._sources[index, with_map]
+    def sources(self, index: int, every: bool, worker: Worker) -> Future[Sources]:
+        """The rows that made the mean of a step, in turns with other work; remembered.
 
-    def all_sources(self, index: int, worker: Worker) -> Future[Sources]:
-        """The same from all pixels, in turns with other work; a new question of this kind cancels the one before."""
+        Another question of this kind cancels the one before.
+
+        Arguments:
+            every: from all pixels, with a source map; otherwise from as many as do not take long.
+        """
         answer: Future[Sources] = Future()
         self.check_step(index)
-        if (index, None) in self._sources:
-            answer.set_result(self._sources[index, None])
-            return answer
 
         def item(found: Sources | None) -> None:
             if found is not None:
-                self._sources[index, None] = found
+                self._sources[index, every] = found
 
         def end(ending: Ending, error: Exception | None) -> None:
             if error is not None:
                 answer.set_exception(error)
-            elif (index, None) in self._sources:
-                answer.set_result(self._sources[index, None])
+            elif (index, every) in self._sources:
+                answer.set_result(self._sources[index, every])
             else:
                 answer.set_exception(GolddiffError("another question came before this answer: ask again"))
 
+        if (index, every) in self._sources:
+            end("finished", None)
+            return answer
         if self._asking is not None:
             self._asking.cancel()
-        self._asking = worker.start(self._all(index), item, end)
+        self._asking = worker.start(self._image(index, every), item, end)
         return answer
 
-    def _all(self, index: int) -> Iterator[Sources | None]:
-        yield from in_turns(self.stock.whole, self.posterior(index))
+    def _image(self, index: int, every: bool) -> Iterator[Sources | None]:
+        yield from image_of(self.stock.whole, self.posterior(index), every)
 
     def compare(self) -> Iterator[Compared]:
         """The posterior of every step beside that of all rows in the same locality."""

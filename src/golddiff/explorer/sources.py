@@ -15,11 +15,12 @@ from ..posterior import Posterior
 from .models import Source, Sources
 from .show import encoded, png
 
-__all__ = ["at_once", "in_turns"]
+__all__ = ["image_of", "pixel_of"]
 
 LISTED = 24
-PRODUCTS = 1e10  # multiplications between two turns: some tenths of a second
-MAP_PRODUCTS = 3e10  # that a first source map may cost
+TURN = 2e9  # multiplications between two turns: some tenths of a second
+FEW = 1e10  # those that a first answer may cost; it is of some of the pixels
+READING = 125  # reading a number of a row costs as much as so many multiplications
 OTHER, SHADES = 90, 90  # rows beyond the colours are grey, each in a shade of its own or nearly so
 COLOURS = (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
@@ -29,26 +30,24 @@ COLOURS = (
 
 
 class Tally:
-    """Adds up attributions of pixels, `(H, W)` bool: how much each row has in all, and which has most at each pixel."""
+    """Adds up the weights of pixels: how much each row has in all, and which has most at each pixel."""
 
-    def __init__(self, bank: Bank, posterior: Posterior, chosen: Tensor) -> None:
-        self.bank, self.posterior, self.chosen = bank, posterior, chosen
+    def __init__(self, bank: Bank, posterior: Posterior) -> None:
+        self.bank, self.posterior = bank, posterior
         self.whole = posterior.log_evidence.ndim == 1  # all pixels have the same weights
         self.shares = torch.zeros(len(bank.pixels), dtype=torch.float64, device=bank.device)
-        self.source = torch.full(bank.shape, -1, device=bank.device)
-        self.heaviest = torch.zeros(bank.shape, dtype=torch.float64, device=bank.device)
+        self.source = torch.full((bank.D,), -1, device=bank.device)
+        self.heaviest = torch.zeros(bank.D, dtype=torch.float64, device=bank.device)
         self.count = 0
 
     def add(self, chosen: Tensor) -> None:
-        """Adds the weights of some more pixels."""
-        found = attribute(self.bank, self.posterior, 0, [0] if self.whole else chosen)
-        self.shares[found.rows] += found.shares * len(found.pixels)
-        self.count += len(found.pixels)
-        if self.whole:
-            self.source[:], self.heaviest[:] = found.rows[0], found.shares[0]
-        else:
-            self.source = torch.maximum(self.source, found.source)
-            self.heaviest += found.source_weight
+        """Adds the weights of some more pixels, flat indices in all channels."""
+        for pixels, rows, weights in self.posterior.pieces(0, chosen[:1] if self.whole else chosen):
+            self.shares[rows] += weights.sum(1).double()
+            largest = weights.max(0)
+            where = slice(None) if self.whole else pixels
+            self.heaviest[where], self.source[where] = largest.values.double(), rows[largest.indices]
+            self.count += len(pixels)
 
     def answer(self, of: int) -> Sources:
         """The rows with the largest shares, of a region of so many pixels."""
@@ -59,18 +58,17 @@ class Tally:
             rows=rows,
             total=int((shares > 0).sum()),
             coverage=math.fsum(source.share for source in rows),
-            pixels=of if self.whole else int(self.chosen.sum()),
+            pixels=of if self.whole else self.count // self.bank.shape[0],
             of=of,
         )
 
     def listed(self, row: int, shares: Tensor) -> Source:
         return Source(row=row, label=int(self.bank.labels[row]), share=float(shares[row]))
 
-    def paint(self, answer: Sources, stride: int) -> None:
+    def paint(self, answer: Sources) -> None:
         """Puts the source map into an answer, and the rows that dominate much of it."""
-        best = self.heaviest.argmax(0, keepdim=True)
-        every = self.source.gather(0, best)[0].cpu().numpy()
-        source = every[stride // 2 :: stride, stride // 2 :: stride]
+        best = self.heaviest.reshape(self.bank.shape).argmax(0, keepdim=True)
+        source = self.source.reshape(self.bank.shape).gather(0, best)[0].cpu().numpy()
         rows, counts = np.unique(source, return_counts=True)
         areas = dict(zip(rows.tolist(), (counts / source.size).tolist(), strict=True))
         known = {listed.row: listed for listed in answer.rows}
@@ -84,64 +82,58 @@ class Tally:
         answer.coverage = math.fsum(listed.share for listed in answer.rows)
         for listed in answer.rows:
             listed.area = areas.get(listed.row, 0.0)
-        answer.map = encoded(png(enlarged(picture, stride, *self.bank.shape[1:])))
+        answer.map = encoded(png(picture))
 
 
-def enlarged(picture: np.ndarray, stride: int, height: int, width: int) -> np.ndarray:
-    """A picture of every so manieth pixel at full size."""
-    full = picture.repeat(stride, 0).repeat(stride, 1)[:height, :width]
-    missing = [(0, height - full.shape[0]), (0, width - full.shape[1]), (0, 0)]
-    return np.pad(full, missing, "edge")
+def pixel_of(bank: Bank, posterior: Posterior, y: int, x: int) -> Sources:
+    """The rows that made a pixel, by their weights there: the mean over the channels."""
+    found = attribute(bank, posterior, 0, (y, x, y + 1, x + 1))
+    rows = [
+        Source(row=row, label=int(bank.labels[row]), share=share)
+        for row, share in zip(found.rows[:LISTED].tolist(), found.shares[:LISTED].tolist(), strict=True)
+    ]
+    value = posterior.mean[0, :, y, x].tolist()
+    return Sources(rows=rows, total=len(found.rows), coverage=found.coverage(LISTED), pixels=1, of=1, value=value)
 
 
-def cost_of_pixel(posterior: Posterior) -> float:
-    """Multiplications that the weights of one pixel take, all channels together."""
-    if posterior.support is None or posterior.log_evidence.ndim == 1:
-        return 0.0
-    return float(posterior.support.size * posterior.mean[0].numel() * posterior.mean.shape[1])
+def image_of(bank: Bank, posterior: Posterior, every: bool) -> Iterator[Sources | None]:
+    """The rows that made an image, by their share of the weights of its pixels; None until it is there.
 
-
-def grid_of(posterior: Posterior, products: float) -> tuple[Tensor, int]:
-    """Every so manieth pixel, `(H, W)` bool, such that their weights cost little; and that number, a power of two."""
-    height, width = posterior.mean.shape[2:]
-    stride = 1
-    while stride < min(height, width) and cost_of_pixel(posterior) * height * width > products * stride**2:
-        stride *= 2
-    grid = torch.zeros(height, width, dtype=torch.bool)
-    grid[stride // 2 :: stride, stride // 2 :: stride] = True
-    return grid, stride
-
-
-def at_once(bank: Bank, posterior: Posterior, pixel: tuple[int, int] | None = None, with_map: bool = False) -> Sources:
-    """The rows that made a pixel (y, x), by their weights there, the mean over the channels; or those that made an
-    image, by their share of the weights of a grid of pixels."""
-    height, width = posterior.mean.shape[2:]
-    if pixel is None:
-        chosen, stride = grid_of(posterior, MAP_PRODUCTS if with_map else PRODUCTS)
-    else:
-        chosen, stride = torch.zeros(height, width, dtype=torch.bool), 1
-        chosen[pixel] = True
-    tally = Tally(bank, posterior, chosen)
-    tally.add(chosen)
-    answer = tally.answer(height * width if pixel is None else 1)
-    if pixel is not None:
-        answer.value = posterior.mean[0, :, pixel[0], pixel[1]].tolist()
-    elif with_map:
-        tally.paint(answer, stride)
-    return answer
-
-
-def in_turns(bank: Bank, posterior: Posterior) -> Iterator[Sources | None]:
-    """The rows that made an image, by their share of the weights of all pixels, with a map; None until it is there."""
-    height, width = posterior.mean.shape[2:]
-    every = torch.ones(height, width, dtype=torch.bool)
-    tally = Tally(bank, posterior, every)
-    together = max(1, int(PRODUCTS / max(cost_of_pixel(posterior), 1.0)))
-    for part in every.flatten().nonzero()[:, 0].split(height * width if tally.whole else together):
-        chosen = torch.zeros(height * width, dtype=torch.bool)
-        chosen[part] = True
-        tally.add(chosen.reshape(height, width))
+    Arguments:
+        every: of all pixels, with a map; otherwise of as many as do not take long.
+    """
+    tally = Tally(bank, posterior)
+    parts = parts_of(posterior, bank, TURN)
+    if not every:
+        few = max(1, int(FEW / TURN))
+        parts = parts[:: math.ceil(len(parts) / few)]
+    for part in parts:
+        tally.add(part)
         yield None
-    answer = tally.answer(height * width)
-    tally.paint(answer, 1)
+    answer = tally.answer(bank.shape[1] * bank.shape[2])
+    if every:
+        tally.paint(answer)
     yield answer
+
+
+def parts_of(posterior: Posterior, bank: Bank, products: float) -> list[Tensor]:
+    """All pixels, as flat indices in all channels, in parts whose weights take about so many multiplications each.
+
+    Pixels of one tile read the same rows, so they go together; parts are spread over the image.
+    """
+    channels, height, width = bank.shape
+    plane = height * width
+    everything = torch.arange(plane)
+    support = posterior.support
+    if support is None or posterior.log_evidence.ndim == 1:
+        return [torch.arange(bank.D)]
+    read = float(support.size * bank.D)
+    together = max(1, int((products / read - READING) / channels))
+    if support.tiles is None:
+        count = math.ceil(plane / together)
+        planes = [everything[first::count] for first in range(count)]
+    else:
+        tiles = support.tiles[:plane].cpu()
+        planes = [everything[tiles == tile] for tile in tiles.unique().tolist()]
+    offsets = torch.arange(channels)[:, None] * plane
+    return [(offsets + part).flatten() for part in planes]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
 from fastapi import Path as InPath
@@ -229,13 +229,10 @@ def _add_runs(app: FastAPI, explorer: Explorer) -> None:
 
 def _add_questions(app: FastAPI, explorer: Explorer) -> None:
     @app.get("/api/runs/{id}/steps/{index}/sources", responses=REFUSED)
-    async def of_image(id: Id, index: Index, detail: Literal["rows", "map", "all"] = "rows") -> Sources:
-        """The rows that made the posterior mean of a step: at once, from a grid of pixels, without or with a map of
-        which row dominates each pixel; or from all pixels."""
-        run = explorer.run(id)
-        if detail == "all":
-            return await asyncio.wrap_future(run.all_sources(index, explorer.worker))
-        return await _asked(explorer, lambda: run.sources(index, detail == "map"))
+    async def of_image(id: Id, index: Index, every: bool = False) -> Sources:
+        """The rows that made the posterior mean of a step: from as many pixels as do not take long, or from every one,
+        then with a map of which row dominates each pixel."""
+        return await asyncio.wrap_future(explorer.run(id).sources(index, every, explorer.worker))
 
     @app.get("/api/runs/{id}/steps/{index}/pixels/{y}/{x}", responses=REFUSED)
     async def of_pixel(id: Id, index: Index, y: Whole, x: Whole) -> Sources:

@@ -61,7 +61,7 @@ class Worker:
         most: tasks at once; more are refused.
     """
 
-    def __init__(self, most: int = 8) -> None:
+    def __init__(self, most: int = 12) -> None:
         self.most = most
         self._tasks: deque[Task] = deque()
         self._patient: deque[Task] = deque()

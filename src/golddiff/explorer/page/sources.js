@@ -51,14 +51,14 @@ async function drawGolden() {
     $("#golden-note").textContent = silent;
     return drawMap(panel, null);
   }
-  const every = `steps/${step.index}/sources?detail=all`;
-  const wanted = panel.kept.has(every) ? every : `steps/${step.index}/sources?detail=${app.map ? "map" : "rows"}`;
+  const every = `steps/${step.index}/sources?every=true`;
+  const wanted = app.map || panel.kept.has(every) ? every : `steps/${step.index}/sources`;
   let found;
   try {
     if (app.map) say("Drawing the source map …");
     found = await panel.asked(wanted);
   } catch (error) {
-    if (panel === activePanel() && panel.shown === step) $("#golden-note").textContent = `No sources: ${error.message}.`;
+    if (panel === activePanel() && panel.shown === step && !superseded(error)) $("#golden-note").textContent = `No sources: ${error.message}.`;
     return;
   }
   if (panel !== activePanel() || panel.shown?.index !== step.index) return;
@@ -71,6 +71,8 @@ async function drawGolden() {
   $("#every").hidden = found.pixels === found.of;
   drawMap(panel, app.map ? found : null);
 }
+
+const superseded = (error) => error.message.startsWith("another question");
 
 function drawMap(panel, found) {
   for (const other of app.panels) other.map.hidden = true;
@@ -128,7 +130,7 @@ async function askEvery() {
   $("#every").disabled = true;
   say("Asking all pixels …");
   try {
-    await panel.asked(`steps/${panel.shown.index}/sources?detail=all`);
+    await panel.asked(`steps/${panel.shown.index}/sources?every=true`);
     say("");
   } catch (error) {
     say(`${error.message}.`);
