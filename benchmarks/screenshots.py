@@ -54,9 +54,8 @@ def sources(page: Page) -> None:
     at_step(page, 8)
     pick(page, 0.5, 0.35)
     page.locator("#map-button").click()
-    page.wait_for_selector(".map:visible", timeout=60_000)
-    page.locator("#every").click()
-    page.wait_for_selector("#every", state="hidden", timeout=120_000)
+    page.wait_for_selector(".map:visible", timeout=120_000)
+    page.mouse.move(0, 0)
 
 
 def compare(page: Page) -> None:
