@@ -9,6 +9,7 @@ import torch
 
 import golddiff as gd
 from conftest import noisy, toy_arrays
+from golddiff import bank as bank_module
 from golddiff import importance
 from test_cli import call
 
@@ -201,6 +202,21 @@ def test_removal_from_golden_subsets(digits, statistics):
         assert not torch.isin(drawn.support.rows, torch.tensor(gone)).any()
 
 
+def test_statistics_without_some_rows_by_subtraction(digits, monkeypatch):
+    gone = torch.arange(0, 1797, 4)
+    summed = digits.without(gone).spectrum()
+    monkeypatch.setattr(bank_module, "SUMMED_ANEW", 100)
+    subtracted = digits.without(gone).spectrum()
+    assert torch.allclose(subtracted.mean, summed.mean, atol=1e-12)
+    assert torch.allclose(subtracted.variances, summed.variances, atol=1e-12)
+    assert torch.allclose(subtracted.eigenvalues, summed.eigenvalues, atol=1e-12)
+    ours, theirs = ((u.eigenvectors * u.eigenvalues) @ u.eigenvectors.T for u in (subtracted, summed))
+    assert torch.allclose(ours, theirs, atol=1e-12)
+    masks = [gd.denoiser("pca", bank).locality.mask(SCHEDULE(300)) for bank in (digits.without(gone),)]
+    monkeypatch.setattr(bank_module, "SUMMED_ANEW", 10_000)
+    assert torch.equal(masks[0], gd.denoiser("pca", digits.without(gone)).locality.mask(SCHEDULE(300)))
+
+
 def test_classes_views_of_views_and_bad_requests(toy):
     noise = SCHEDULE(300)
     x_t = noisy(toy, noise)
@@ -294,6 +310,14 @@ def test_jacobian_products_are_automatic_derivatives(digits):
     assert torch.allclose(product, posterior.jvp(v), atol=1e-9)
     _, pull = torch.func.vjp(mean, x_t)
     assert torch.allclose(pull(v)[0], posterior.vjp(v), atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["optimal", "pca", "wiener"])
+def test_gradients_flow_through_the_mean(toy, name):
+    denoiser, noise = gd.denoiser(name, toy), SCHEDULE(500)
+    x_t = noisy(toy, noise, rows=[0, 1])
+    assert torch.equal(denoiser.mean(x_t, noise, [1, -1]), denoiser(x_t, noise, [1, -1]).mean)
+    assert torch.autograd.gradcheck(lambda x: denoiser.mean(x, noise, [1, -1]), (x_t.requires_grad_(),))
 
 
 @pytest.mark.parametrize("t", [900, 400, 100])

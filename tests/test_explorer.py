@@ -181,8 +181,9 @@ def test_shares_of_an_image_are_means_of_weights(client, bank, method, every):
 
 
 def test_sources_of_large_work_come_from_some_pixels_first(client, bank, monkeypatch):
-    monkeypatch.setattr(sources, "TURN", 300 * 64 * (sources.READING + 8))
-    monkeypatch.setattr(sources, "FEW", 300 * 64 * (sources.READING + 8) * 2)
+    monkeypatch.setattr(sources, "READING", 1)
+    monkeypatch.setattr(sources, "TURN", 300 * 64 * 9)
+    monkeypatch.setattr(sources, "FEW", 300 * 64 * 9 * 2)
     name = begun(client, steps=4)
     followed(client, name)
     found = client.get(f"/api/runs/{name}/steps/2/sources").json()

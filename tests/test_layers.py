@@ -8,10 +8,10 @@ from pathlib import Path
 import golddiff
 
 ORDER = [
-    "errors", "files", "ranks", "images", "noise", "proxy", "spectrum", "prepare", "kernels", "bank", "locality",
-    "golden", "scores", "drawing", "cells", "importance", "certified", "posterior", "denoise", "oracle", "metrics",
-    "sample", "calibrate", "concentrate", "training", "pictures", "recipe", "runs", "compare",
-    "attribution", "reports", "doctor", "explorer", "cli",
+    "errors", "files", "ranks", "images", "latents", "noise", "proxy", "spectrum", "prepare", "derived", "kernels",
+    "bank", "locality", "golden", "scores", "drawing", "cells", "importance", "certified", "posterior", "denoise",
+    "oracle", "metrics", "sample", "calibrate", "concentrate", "training", "pictures", "recipe", "runs", "compare",
+    "attribution", "reports", "doctor", "adapters", "explorer", "cli",
 ]  # fmt: skip
 FOLDER = Path(golddiff.__file__).parent
 

@@ -18,6 +18,7 @@ from .concentrate import concentrate
 from .denoise import Denoiser, denoiser
 from .errors import GolddiffError
 from .images import Images, open_source
+from .latents import Latents, latents
 from .noise import DDPM, EDM, Cosine, DiffusersSchedule, Flow, Noise, Schedule
 from .oracle import Oracle, oracle
 from .posterior import Posterior
@@ -40,6 +41,7 @@ __all__ = [
     "GolddiffError",
     "Heun",
     "Images",
+    "Latents",
     "Noise",
     "Oracle",
     "Posterior",
@@ -51,6 +53,7 @@ __all__ = [
     "compare",
     "concentrate",
     "denoiser",
+    "latents",
     "open_source",
     "oracle",
     "sample",

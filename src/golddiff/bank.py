@@ -9,7 +9,6 @@ import json
 import math
 import os
 import secrets
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,14 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from .derived import Derived
 from .errors import GolddiffError, unknown
-from .files import growing_folder, hash_file, replacing
+from .files import growing_folder, hash_file
 from .images import NO_LABEL, Images, open_source
+from .latents import Latents, reopened, same_as
+from .latents import latents as latents_in
 from .noise import Noise
 from .prepare import (
     BLOCK,
@@ -49,15 +49,15 @@ from .spectrum import (
     Statistics,
     compute_covariance,
     compute_spectrum,
+    reduced_spectrum,
 )
 
 __all__ = ["Bank"]
 
 META = "bank.json"
 DERIVED = "derived"
-DERIVED_FORMAT = 2  # to be raised when a formula of what is derived changes
-KEPT_IN_MEMORY = 4
 STATISTICS_ROWS = 2**16
+SUMMED_ANEW = 10_000  # statistics of fewer rows are summed anew when some are removed
 BLOCK_NUMBERS = 2**21  # of a block that stays in a processor's cache
 WORTH_COMPILING = 2**22  # pixels to compare from which a compiled loop is loaded
 ARRAYS = ("pixels", "labels", "ids", "keys", "centre", "norms", "proxy")
@@ -102,11 +102,12 @@ class Bank:
         self.scale, self.offset = (1 / 127.5, -1.0) if self.is_uint8 else (1.0, 0.0)
         self.pooling = Pooling(self.shape)
         self.bytes_read = 0
-        self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._derived = Derived(path / DERIVED if path else None, self.fingerprint)
         self._rows: dict[int, Tensor] = {}
         self.removed = torch.empty(0, dtype=torch.int64, device=self.device)
         self._whole: Bank | None = None
         self._own_statistics = True
+        self._latents: Latents | None = None
 
     def __len__(self) -> int:
         return len(self.pixels) - len(self.removed)
@@ -124,9 +125,33 @@ class Bank:
     def device(self) -> torch.device:
         return self.pixels.device
 
+    @property
+    def is_latent(self) -> bool:
+        """Whether its rows are latents of pictures, which `decode` brings back."""
+        return self.source.get("latents") is not None
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Pictures `(B, C, H, W)` of images in the bank's space: decoded latents, or `x` itself in a bank of pictures.
+
+        Raises:
+            GolddiffError: the autoencoder is gone, or was two callables of another process.
+        """
+        if not self.is_latent:
+            return x
+        if self._latents is None:
+            self._latents = reopened(self.source["latents"])
+        return self._latents.decode(x)
+
+    def with_latents(self, given: Latents | str | Path) -> Bank:
+        """This bank, decoding by these latents, which must be those it was built with (a folder may have moved)."""
+        if not self.is_latent:
+            raise GolddiffError("this bank holds pictures, not latents: leave latents out, or build it with them")
+        self._latents = same_as(self.source["latents"], given if isinstance(given, Latents) else latents_in(given))
+        return self
+
     @cached_property
     def compiled(self) -> bool:
-        """Whether compiled loops can read the rows: uint8 on the CPU, and the extra `fast` is there."""
+        """Whether compiled loops can read the rows, uint8 on the CPU, and the extra `fast` is there."""
         return self.is_uint8 and self.device.type == "cpu" and importlib.util.find_spec("numba") is not None
 
     @cached_property
@@ -149,6 +174,7 @@ class Bank:
         layout: str | None = None,
         flip: bool = False,
         skip_broken: bool = False,
+        latents: Latents | str | Path | None = None,
         force: bool = False,
         progress: bool = False,
     ) -> Bank:
@@ -160,6 +186,8 @@ class Bank:
             out: folder of the bank. By default it goes to the cache (`$GOLDDIFF_CACHE`); a bank of an array or
                 data set without `out` lives in memory.
             labels, split, size, limit, layout, flip, skip_broken: see `golddiff.open_source`.
+            latents: hold the latents of the pictures: `golddiff.Latents`, or the folder of an autoencoder. For a bank
+                that is built already, what decodes it, if its folder has moved.
             force: replace `out` if it exists.
             progress: show progress bars.
 
@@ -174,36 +202,44 @@ class Bank:
             "flip": flip,
             "skip_broken": skip_broken,
         }
+        coder = latents if latents is None or isinstance(latents, Latents) else latents_in(latents)
         from_path = isinstance(source, str | Path)
+        telling = options if coder is None else {**options, "latents": coder.identity}
         known = None  # what tells this source from others; to know it, all of its files are looked at
         if from_path and out is None:
             if (Path(source) / META).is_file():
-                return cls._open_as_is(Path(source), options)
-            out = cached_path(source, options)
+                return cls._open_as_is(Path(source), options)._decoding(coder)
+            out = cached_path(source, telling)
             known = out.name
             if (out / META).exists() and not force:
-                return cls.open(out)
+                return cls.open(out)._decoding(coder)
         elif out is not None:
             _check_free(Path(out), force)
         out = None if out is None else Path(out)
         images = open_source(source, labels=labels, **options)
-        stated = {"name": source_name(source) if from_path else "array", **options}
+        stated: dict[str, Any] = {"name": source_name(source) if from_path else "array", **options}
+        if coder is not None:
+            images, stated["latents"] = coder.encoded(images), coder.stated
         if out is None:
             arrays: dict[str, np.ndarray] = {}
 
             def in_memory(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
                 return arrays.setdefault(name, np.empty(shape, dtype))
 
-            return cls(arrays, fill(images, stated, in_memory, Journal(None, math.prod(images.shape)), progress))
+            meta = fill(images, stated, in_memory, Journal(None, math.prod(images.shape)), progress)
+            return cls(arrays, meta)._decoding(coder)
         if known is None:
-            known = stamp(source, options) if from_path or isinstance(source, Images) else secrets.token_hex(4)
+            known = stamp(source, telling) if from_path or isinstance(source, Images) else secrets.token_hex(4)
         with growing_folder(out, known, lambda part: (part / JOURNAL).exists()) as folder:
             if folder is not None:
                 cls._fill_folder(folder, images, stated, progress)
         bank = cls.open(out)
         if {key: bank.source.get(key) for key in stated} != stated:
             raise GolddiffError(f"{out} has meanwhile been built from something else: choose another folder")
-        return bank
+        return bank._decoding(coder)
+
+    def _decoding(self, coder: Latents | None) -> Bank:
+        return self if coder is None else self.with_latents(coder)
 
     @classmethod
     def _fill_folder(cls, folder: Path, images: Images, stated: dict[str, Any], progress: bool) -> None:
@@ -290,12 +326,7 @@ class Bank:
                 wrong.append(f"{name}.npy: its bytes are not those of the build")
         if not wrong and self.fingerprint != fingerprint(self.pixels.cpu(), self.labels.cpu()):
             wrong.append("the fingerprint is not that of the pixels and labels")
-        for file in sorted((self.path / DERIVED).glob("*.safetensors")):
-            try:
-                _read_derived(file)
-            except GolddiffError as error:
-                wrong.append(str(error))
-        return wrong
+        return wrong + self._derived.damaged()
 
     def to(self, device: str | torch.device) -> Bank:
         """The same bank with its arrays on `device`."""
@@ -305,7 +336,9 @@ class Bank:
             kept = "recompute" if self._own_statistics else "keep"
             return self._whole.to(device).without(self.removed, statistics=kept)
         arrays = {n: getattr(self, n) if n == "ids" else getattr(self, n).to(device) for n in ARRAYS}
-        return Bank(arrays, self.meta, self.path)
+        moved = Bank(arrays, self.meta, self.path)
+        moved._latents = self._latents
+        return moved
 
     def without(
         self, rows: Sequence[int] | Tensor = (), labels: Sequence[int] = (), *, statistics: str = "recompute"
@@ -332,11 +365,12 @@ class Bank:
             raise GolddiffError("no image is left: remove fewer")
         view = copy.copy(whole)
         view.removed, view._whole, view._own_statistics = removed, whole, statistics == "recompute"
-        view.path, view._kept, view._rows = None, OrderedDict(), {}
-        said = f"{whole.fingerprint} without {removed.tolist()}, {statistics}"
-        view.fingerprint = (
-            hashlib.blake2b(said.encode(), digest_size=16).hexdigest() if len(removed) else self.fingerprint
-        )
+        view.path, view._rows = None, {}
+        if len(removed):
+            said = f"{whole.fingerprint} without {removed.tolist()}, {statistics}"
+            view.fingerprint = hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+        if view._own_statistics:
+            view._derived = Derived(None, view.fingerprint)
         return view
 
     def _checked_rows(self, rows: Sequence[int] | Tensor) -> Tensor:
@@ -461,11 +495,26 @@ class Bank:
         """
         if self._whole is not None and not self._own_statistics:
             return self._whole.spectrum(label)
+        if self._whole is not None and label in (None, NO_LABEL) and self._few_are_gone():
+            return Spectrum(**self.keep("spectrum", lambda: vars(self._reduced())))
         rows = self._sampled(self.rows_of(label))
         name = "" if label in (None, NO_LABEL) else f"-{label}"
         if min(self.D, len(self) if rows is None else len(rows)) <= LARGEST_EIGENBASIS:
             return Spectrum(**self.keep(f"spectrum{name}", lambda: vars(compute_spectrum(self._rows_for(rows)))))
         return DenseCovariance(**self.keep(f"covariance{name}", lambda: vars(compute_covariance(self._rows_for(rows)))))
+
+    def _few_are_gone(self) -> bool:
+        """Whether it is less work to take what was removed out of the statistics than to sum over what is left."""
+        if len(self.pixels) > STATISTICS_ROWS or self.D > LARGEST_EIGENBASIS:
+            return False
+        return len(self.pixels) >= SUMMED_ANEW and 2 * len(self.removed) < len(self.pixels)
+
+    def _reduced(self) -> Spectrum:
+        assert self._whole is not None  # noqa: S101 - asked for of views only
+        whole = self._whole.spectrum()
+        assert isinstance(whole, Spectrum)  # noqa: S101 - of this size it is
+        gone = self._whole.images(self.removed, torch.float64).flatten(1)
+        return reduced_spectrum(whole, len(self.pixels), gone.cpu())
 
     def _sampled(self, rows: Tensor | None) -> Tensor | None:
         """The rows whose statistics are taken."""
@@ -489,31 +538,8 @@ class Bank:
         return Rows(blocks, count, centre, self.scale, self.offset, largest)
 
     def keep(self, name: str, compute: Callable[[], dict[str, Tensor]], remember: bool = True) -> dict[str, Tensor]:
-        """Tensors derived from this bank: from memory, from its folder, or computed and put there.
-
-        With `remember=False` they are not held in memory (a bank without a folder then forgets them).
-        """
-        if self._whole is not None and not self._own_statistics:
-            return self._whole.keep(name, compute, remember)
-        if name in self._kept:
-            self._kept.move_to_end(name)
-            return self._kept[name]
-        file = self.path / DERIVED / f"{name}.safetensors" if self.path else None
-        stamp = {"fingerprint": self.fingerprint, "format": str(DERIVED_FORMAT)}
-        metadata, tensors = _read_derived(file) if file and file.exists() else ({}, {})
-        if not stamp.items() <= metadata.items():  # not there, or of another bank or version
-            tensors = {k: t.contiguous() for k, t in compute().items()}
-            # a bank that cannot be written to still works; it only forgets
-            if file and os.access(file.parent if file.parent.exists() else self.path, os.W_OK):  # type: ignore[arg-type]
-                file.parent.mkdir(exist_ok=True)
-                with replacing(file) as part:
-                    save_file(tensors, part, metadata={**stamp, "hash": _hash_tensors(tensors)})
-                tensors = _read_derived(file)[1]  # mapped
-        if remember:
-            self._kept[name] = tensors
-            if len(self._kept) > KEPT_IN_MEMORY:
-                self._kept.popitem(last=False)
-        return tensors
+        """Tensors derived from this bank, see `Derived.get`."""
+        return self._derived.get(name, compute, remember)
 
 
 def _check_free(out: Path, force: bool) -> None:
@@ -530,27 +556,6 @@ def _checksum(meta: dict[str, Any]) -> str:
     """Hash of the metadata without the checksum itself."""
     plain = json.dumps({k: v for k, v in meta.items() if k != "checksum"}, sort_keys=True)
     return hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
-
-
-def _read_derived(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a file, if its bytes are those that were written."""
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        if metadata.get("hash") != _hash_tensors(tensors):
-            raise SafetensorError("its bytes were changed")
-    except (SafetensorError, OSError) as error:
-        raise GolddiffError(f"{file} is damaged ({error}): remove it, it will be made again") from error
-    return metadata, tensors
-
-
-def _hash_tensors(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _tensor(array: Any) -> Tensor:

@@ -85,9 +85,10 @@ SOURCE_OPTIONS = (
     click.option("--flip", is_flag=True, help="Add the mirror image of every picture."),
     click.option("--skip-broken", is_flag=True, help="Leave out pictures that cannot be read, and say which."),
     click.option("--layout", type=_Name("layout", ("NHWC", "NCHW", "NHW")), help="Axes of an array, if unclear."),
+    click.option("--latents", metavar="FOLDER", help="Hold latents of this autoencoder; or where it is now."),
 )
 FEW = 32  # golden subsets of fewer rows are worth a note
-BUILDING = ("size", "split", "limit", "flip", "skip_broken", "layout")
+BUILDING = ("size", "split", "limit", "flip", "skip_broken", "layout", "latents")
 
 
 def _source_options(command: Any) -> Any:
@@ -134,11 +135,11 @@ def bank_info(path: str) -> None:
     held = _built(path)
     _describe(held)
     _statistics(held)
-    if held.path and held.shape[0] in (1, 3, 4):
+    if held.path and (held.is_latent or held.shape[0] in (1, 3, 4)):
         rows = torch.linspace(0, len(held) - 1, min(len(held), 100)).round().long()
         sheet = held.path / "sheet.png"
         try:
-            save_png(grid(to_uint8(held.images(rows))), sheet)
+            save_png(grid(to_uint8(held.decode(held.images(rows)))), sheet)
             click.echo(f"sheet        {sheet}")
         except GolddiffError as error:
             click.echo(f"sheet        not drawn: {error}")
@@ -339,7 +340,7 @@ def compare_command(source: str | None, **given: Any) -> None:
 
 def _held_out(source: str, held: Bank, count: int, building: dict[str, Any]) -> torch.Tensor | None:
     """The first images of the test part of a source, in [-1, 1]; None where there is none."""
-    if count < 1 or building["split"] != "train" or (Path(source) / "bank.json").is_file():
+    if count < 1 or held.is_latent or building["split"] != "train" or (Path(source) / "bank.json").is_file():
         return None
     try:
         options = {key: building[key] for key in ("size", "layout", "skip_broken")}
@@ -457,7 +458,12 @@ def attribute_command(source: str | None, options: tuple[str, ...], **given: Any
         click.echo(
             f"without {count} images the same seed differs by {change:.4f} (root mean square of a pixel, range 2)"
         )
-    click.echo(f"in {out}: look at {out / 'panel.png'}")
+    _say_where(out)
+
+
+def _say_where(out: Path) -> None:
+    drawn = (out / "panel.png").exists()
+    click.echo(f"in {out}: look at {out / ('panel.png' if drawn else 'sources.csv')}")
 
 
 def _box(text: str | None) -> tuple[int, int, int, int] | None:
@@ -636,12 +642,14 @@ def _describe(held: Bank) -> None:
     values, counts = held.labels[held.labels >= 0].unique(return_counts=True)
     labels = f"{len(values)} classes of {counts.min()} to {counts.max()} images" if len(values) else "none"
     size = sum(t.numel() * t.element_size() for t in (held.pixels, held.proxy, held.norms, held.keys, held.labels))
-    said = [f"{key} {value}" for key, value in held.source.items() if value and key != "skipped"]
+    said = [f"{key} {value}" for key, value in held.source.items() if value and key not in ("skipped", "latents")]
     click.echo(f"images       {len(held)} of {c} x {h} x {w}, {str(held.pixels.dtype).removeprefix('torch.')}")
     click.echo(f"labels       {labels}")
     if held.classes:
         click.echo(f"classes      {', '.join(held.classes[:10])}{', ...' if len(held.classes) > 10 else ''}")
     click.echo(f"source       {', '.join(said)}")
+    if held.is_latent:
+        click.echo(f"latents      {held.source['latents']['name']}")
     if held.source.get("skipped"):
         click.echo(f"left out     {_listed(held.source['skipped'])}")
     click.echo(f"fingerprint  {held.fingerprint}")

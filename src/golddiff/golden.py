@@ -64,7 +64,7 @@ class Support:
 
     @property
     def tiled(self) -> bool:
-        """Rows differ from tile to tile, or some stand for others: `rows_of` alone does not say it all."""
+        """Rows differ from tile to tile, or some stand for others, so `rows_of` alone does not say it all."""
         return self.tiles is not None or self.log_q is not None
 
     @property

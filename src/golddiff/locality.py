@@ -302,7 +302,7 @@ class GivenMask(Masked):
 
     Arguments:
         mask: `(D, D)` boolean (or float weights) M[n, m], or a callable of `Noise` that returns one.
-        size: D.
+        size: `D`, how many numbers an image has.
     """
 
     def __init__(self, mask: Any, size: int) -> None:
@@ -338,7 +338,7 @@ class PCAMask(Masked):
     `correlation`: `M[n, m] = |W[n, m]| >= threshold * sqrt(W[n, n] W[m, m])`.
     In both, every pixel sees itself; constant pixels see only themselves and no other pixel sees them.
 
-    `published`: with `R[n, m] = W[n, m] / W[n, n]` (R[n, n] = 1 where |W[n, n]| < 1e-6),
+    `published`: with `R[n, m] = W[n, m] / W[n, n]` (`R[n, n] = 1` where `|W[n, n]| < 1e-6`),
     `M[n, m] = |R[n, m]| >= threshold * max |R|`. The maximum is set by pixels of almost no variance, so
     columns can be empty (their output is the plain mean of the subset). A threshold of 0 keeps R itself.
 

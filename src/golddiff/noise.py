@@ -13,7 +13,20 @@ from torch import Tensor
 
 from .errors import GolddiffError, unknown
 
-__all__ = ["CLEAN", "DDPM", "EDM", "Cosine", "DiffusersSchedule", "Flow", "Noise", "Schedule", "schedule_named"]
+__all__ = [
+    "CLEAN",
+    "DDPM",
+    "EDM",
+    "Cosine",
+    "DiffusersSchedule",
+    "Flow",
+    "Noise",
+    "Schedule",
+    "noise_of_sigma",
+    "noise_of_table",
+    "schedule_named",
+    "scheduler_kind",
+]
 
 
 MOST_STEPS = 100_000
@@ -133,10 +146,7 @@ class DDPM(Schedule):
         self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
 
     def __call__(self, time: float) -> Noise:
-        if not 0 <= time < len(self.alphas_cumprod) or time != int(time):
-            raise GolddiffError(f"time {time}: give a whole number from 0 to {len(self.alphas_cumprod) - 1}")
-        abar = self.alphas_cumprod[int(time)].double()
-        return Noise(abar.sqrt(), (1 - abar).sqrt())
+        return noise_of_table(self.alphas_cumprod, time)
 
     def times(self, steps: int) -> list[float]:
         total = len(self.alphas_cumprod)
@@ -207,35 +217,27 @@ class Flow(Schedule):
 class DiffusersSchedule(Schedule):
     """The levels of a diffusers scheduler (extra `diffusers`), as it sets them for a number of steps.
 
-    Flow matching schedulers (`FlowMatch...`) give `alpha = 1 - s, sigma = s`; those that sample over `sigmas` starting
-    above 1 (Euler, Heun, EDM, ...) give `alpha = 1`; the others give the square roots of `alphas_cumprod`.
-
     Arguments:
-        scheduler: any scheduler with `set_timesteps` and `alphas_cumprod` or `sigmas`; a copy is used.
+        scheduler: any scheduler whose `kind` is known, see `scheduler_kind`; a copy is used.
     """
 
     def __init__(self, scheduler: Any) -> None:
-        if not hasattr(scheduler, "set_timesteps") or not hasattr(scheduler, "config"):
-            raise GolddiffError(f"{type(scheduler).__name__} is no diffusers scheduler: give one with set_timesteps")
+        self.kind = scheduler_kind(scheduler)
         self.scheduler = copy.deepcopy(scheduler)
-        self.is_flow = type(scheduler).__name__.startswith("FlowMatch")
-        self.init_noise_sigma = 1.0 if self.is_flow else float(getattr(scheduler, "init_noise_sigma", 1.0))
-        self.is_vp = not self.is_flow and self.init_noise_sigma == 1.0
-        if self.is_vp and not hasattr(scheduler, "alphas_cumprod"):
-            raise GolddiffError(f"{type(scheduler).__name__} has no alphas_cumprod and no sigmas that are understood")
+        self.init_noise_sigma = float(getattr(scheduler, "init_noise_sigma", 1.0))
 
     def levels(self, steps: int) -> list[tuple[float, Noise]]:
         times = self.times(steps)
-        if self.is_vp:
+        if self.kind == "table":
             return [(time, self(time)) for time in times]
-        # some schedulers repeat levels within a step; the clean end is left out
-        sigmas = list(dict.fromkeys(float(s) for s in self.scheduler.sigmas if float(s) > 0))
-        if len(sigmas) != len(times) or sigmas != sorted(sigmas, reverse=True):
+        # some schedulers repeat levels within a step; the end is left out
+        sigmas = list(dict.fromkeys(float(s) for s in self.scheduler.sigmas[: len(self.scheduler.timesteps)]))
+        if len(sigmas) != len(times) or sigmas != sorted(sigmas, reverse=True) or sigmas[-1] == 0:
             raise GolddiffError(
                 f"the levels of {type(self.scheduler).__name__} are not understood: take another scheduler"
             )
-        self.init_noise_sigma = 1.0 if self.is_flow else float(self.scheduler.init_noise_sigma)
-        return [(t, Noise(1 - s if self.is_flow else 1.0, s)) for t, s in zip(times, sigmas, strict=True)]
+        self.init_noise_sigma = float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+        return [(time, noise_of_sigma(self.kind, sigma)) for time, sigma in zip(times, sigmas, strict=True)]
 
     def times(self, steps: int) -> list[float]:
         _check_steps(steps)
@@ -243,13 +245,55 @@ class DiffusersSchedule(Schedule):
         return list(dict.fromkeys(float(t) for t in self.scheduler.timesteps))
 
     def __call__(self, time: float) -> Noise:
-        if not self.is_vp:
+        if self.kind not in ("table", "vp"):
             raise GolddiffError("the levels of this scheduler depend on the number of steps: use levels(steps)")
-        table = self.scheduler.alphas_cumprod
-        if not 0 <= time < len(table) or time != int(time):
-            raise GolddiffError(f"time {time}: give a whole number from 0 to {len(table) - 1}")
-        abar = table[int(time)].double()
-        return Noise(abar.sqrt(), (1 - abar).sqrt())
+        return noise_of_table(self.scheduler.alphas_cumprod, time)
+
+
+STRANGE = ("Inverse", "SDE", "KDPM2Ancestral", "CogVideoXDPM", "UnCLIP", "Helios")  # they step in ways of their own
+
+
+def scheduler_kind(scheduler: Any) -> str:
+    """How a diffusers scheduler writes its noise levels.
+
+    `flow`: by `sigmas` s, `alpha = 1 - s, sigma = s` (flow matching). `ve`: by `sigmas`, `alpha = 1` (Euler, Heun, EDM
+    and others whose start is not of unit variance). `vp`: by `sigmas`, scaled to `alpha^2 + sigma^2 = 1` (multistep
+    solvers). `table`: by the square roots of `alphas_cumprod` (DDIM, DDPM and others).
+
+    Raises:
+        GolddiffError: it is no scheduler, or one whose levels or outputs are not understood.
+    """
+    if not hasattr(scheduler, "set_timesteps") or not hasattr(scheduler, "config"):
+        raise GolddiffError(f"{type(scheduler).__name__} is no diffusers scheduler: give one with set_timesteps")
+    name, config = type(scheduler).__name__, scheduler.config
+    by_sigmas, by_table = hasattr(scheduler, "sigmas"), hasattr(scheduler, "alphas_cumprod")
+    known = hasattr(scheduler, "step") and not any(part in name for part in STRANGE)
+    if known and by_sigmas and (name.startswith("FlowMatch") or config.get("use_flow_sigmas")):
+        return "flow"
+    known = known and "prediction_type" in config
+    if known and by_sigmas and float(scheduler.init_noise_sigma) != 1.0:
+        return "ve"
+    if known and by_table:
+        return "vp" if by_sigmas else "table"
+    raise GolddiffError(
+        f"the levels of {name} are not understood: take DDIM, DDPM, PNDM, DPMSolverMultistep, UniPC, EulerDiscrete, "
+        "HeunDiscrete, EDMEuler, EDMDPMSolverMultistep, FlowMatchEulerDiscrete or one of their kind"
+    )
+
+
+def noise_of_sigma(kind: str, sigma: float) -> Noise:
+    """The noise level of an entry of a scheduler's `sigmas`; `kind` as in `scheduler_kind`, not `table`."""
+    if kind == "flow":
+        return Noise(1 - sigma, sigma)
+    return Noise(1.0, sigma) if kind == "ve" else Noise(1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma))
+
+
+def noise_of_table(table: Tensor, time: float) -> Noise:
+    """The noise level of a whole time in a table `alphas_cumprod`."""
+    if not 0 <= time < len(table) or time != int(time):
+        raise GolddiffError(f"time {time}: give a whole number from 0 to {len(table) - 1}")
+    abar = table[int(time)].double()
+    return Noise(abar.sqrt(), (1 - abar).sqrt())
 
 
 SCHEDULES: dict[str, type[Schedule]] = {"ddpm": DDPM, "cosine": Cosine, "edm": EDM, "flow": Flow}

@@ -15,6 +15,7 @@ from .denoise import METHODS, Denoiser, denoiser
 from .errors import GolddiffError, unknown
 from .files import replacing
 from .images import NO_LABEL
+from .latents import reopened
 from .noise import SCHEDULES
 from .sample import SAMPLERS, Step, levels_from, sampler_named, trajectory
 
@@ -113,7 +114,7 @@ class Recipe:
             seeds,
             steps=self.steps,
             schedule=SCHEDULES[self.schedule](),
-            sampler=sampler_named(self.sampler),
+            sampler=sampler_named(self.sampler, clip=not model.bank.is_latent),
             labels=[self.label_of(seed) for seed in seeds],
             start=self.start,
         )
@@ -210,6 +211,8 @@ def open_bank(stated: Any, **building: Any) -> Bank:
         raise GolddiffError(f"the recipe's bank was built from an array and is not at {path}: name one before --recipe")
     keys = ("split", "size", "limit", "layout", "flip", "skip_broken")
     options = {key: stated[key] for key in keys if stated.get(key) is not None}
+    if stated.get("latents"):
+        options["latents"] = reopened(stated["latents"])
     return check_fingerprint(Bank.build(stated["name"], progress=True, **options), wanted)
 
 

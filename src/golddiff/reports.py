@@ -119,7 +119,7 @@ def attribution_report(
     _write_csv(out / "sources.csv", ("row", "id", "label", "share"), _sources(image))
     with replacing(out / "attribution.json") as part:
         part.write_text(json.dumps(result, indent=1) + "\n")
-    if bank.shape[0] in (1, 3, 4):
+    if _is_picture(bank):
         save_png(_panel(rows, top), out / "panel.png")
     return result
 
@@ -148,6 +148,11 @@ def _sources(image: Attribution) -> Iterator[tuple[int, str, str, float]]:
 def _listed(image: Attribution, count: int) -> list[dict[str, Any]]:
     names = ("row", "id", "label", "share")
     return [dict(zip(names, source, strict=True)) for source, _ in zip(_sources(image), range(count), strict=False)]
+
+
+def _is_picture(bank: Bank) -> bool:
+    """Whether rows can be drawn as they are."""
+    return bank.shape[0] in (1, 3, 4) and not bank.is_latent
 
 
 def _id(bank: Bank, row: int) -> str:
@@ -235,7 +240,7 @@ def audit_report(bank: Bank, samples: Images, x: Tensor, out: Path) -> dict[str,
     _write_csv(out / "audit.csv", head, _audited(bank, samples, found))
     with replacing(out / "audit.json") as part:
         part.write_text(json.dumps(result, indent=1) + "\n")
-    if bank.shape[0] in (1, 3, 4):
+    if _is_picture(bank):
         save_png(_audit_panel(bank, samples, x, found, order[:IN_PANEL]), out / "panel.png")
     return result
 

@@ -85,11 +85,13 @@ def run(
         denoiser = denoiser.over(ranks)
     if batch < 1:
         raise GolddiffError(f"batch is {batch}: give at least 1")
-    if denoiser.bank.shape[0] not in (1, 3, 4):
+    if denoiser.bank.is_latent:
+        _check_latent(denoiser.bank, nearest)
+    elif denoiser.bank.shape[0] not in (1, 3, 4):
         raise GolddiffError(f"{denoiser.bank.shape[0]} channels are no pictures: use golddiff.sample from Python")
     if not 0 <= nearest <= len(denoiser.bank):
         raise GolddiffError(f"nearest is {nearest}: give a number from 0 to {len(denoiser.bank)}, the rows of the bank")
-    folder = _RunFolder(out, save_steps)
+    folder = _RunFolder(out, save_steps, denoiser.bank.decode)
     began = time.time()
     whole = folder.claim(recipe, force) if ranks.is_first or apart else recipe
     ranks.wait()
@@ -105,7 +107,7 @@ def run(
                         kept.append(_Kept.of(step))
                     bar.update(len(seeds))
                 if writes:
-                    folder.add(seeds, to_uint8(step.posterior.mean), kept)
+                    folder.add(seeds, to_uint8(denoiser.bank.decode(step.posterior.mean)), kept)
         ranks.wait()
     finally:
         if ranks.is_first or apart:
@@ -120,6 +122,15 @@ def run(
     if nearest:
         save_png(_neighbours(denoiser.bank, folder, recipe.seeds[:SHOWN], nearest), out / "nearest.png")
     return sum(folder.picture(seed).exists() for seed in whole.seeds)
+
+
+def _check_latent(bank: Bank, nearest: int) -> None:
+    """Refuses what cannot be done with a bank of latents, before any work."""
+    if nearest:
+        raise GolddiffError("nearest images are compared as pictures, and this bank holds latents: leave --nearest out")
+    shape = tuple(bank.decode(bank.images(slice(0, 1))).shape)
+    if len(shape) != 4 or shape[1] not in (1, 3, 4):
+        raise GolddiffError(f"the latents decode to {shape}, which is no picture: use golddiff.sample from Python")
 
 
 def _work_of(recipe: Recipe, folder: _RunFolder, batch: int, ranks: Ranks, spread: str) -> tuple[list[list[int]], bool]:
@@ -151,8 +162,8 @@ class _Kept:
 class _RunFolder:
     """The files of a run. A seed is finished when its picture is there; it is written last."""
 
-    def __init__(self, path: Path, save_steps: bool) -> None:
-        self.path, self.save_steps = path, save_steps
+    def __init__(self, path: Path, save_steps: bool, decode: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.path, self.save_steps, self.decode = path, save_steps, decode
 
     def picture(self, seed: int) -> Path:
         return self.path / f"seed{seed:06d}.png"
@@ -251,8 +262,8 @@ class _RunFolder:
                     x_t, mean, scale, time = (kept[key] for key in ("x_t", "mean", "scale", "time"))
             except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
                 raise GolddiffError(f"{self.steps(seed)} is damaged: remove it, and it is made again") from error
-            scaled = torch.from_numpy(x_t / scale[:, None, None, None])
-            pictures += [to_uint8(scaled), to_uint8(torch.from_numpy(mean))]
+            for images in (x_t / scale[:, None, None, None], mean):
+                pictures.append(to_uint8(self.decode(torch.from_numpy(images).float())))
             heads = [f"time {value:.4g}" for value in time]
             labels += [f"seed {seed}: x_t", "mean"]
         return grid(np.concatenate(pictures), len(heads), rows=labels, heads=heads)

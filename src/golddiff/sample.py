@@ -206,11 +206,12 @@ def _ddim(posterior: Posterior, after: Noise, clip: bool) -> Tensor:
 SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIM, "heun": Heun, "ddpm": Ancestral, "dpm++": DPMSolver}
 
 
-def sampler_named(name: str) -> Sampler:
-    """`ddim`, `heun`, `ddpm` (ancestral) or `dpm++`, with its usual settings."""
+def sampler_named(name: str, clip: bool = True) -> Sampler:
+    """`ddim`, `heun`, `ddpm` (ancestral) or `dpm++`, as it is usually set; `clip=False` for banks of latents."""
     if name not in SAMPLERS:
         raise unknown("sampler", name, SAMPLERS)
-    return SAMPLERS[name]()
+    kind = SAMPLERS[name]
+    return kind(clip_sample=clip) if kind in (DDIM, Ancestral) else kind()
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -242,7 +243,7 @@ def trajectory(
         denoiser: any denoiser.
         seeds: one for each image; a seed gives the same image alone and in any batch.
         steps: number of denoising steps.
-        schedule: DDPM-linear if None. sampler: DDIM if None.
+        schedule: DDPM-linear if None. sampler: DDIM if None (without clipping where the bank holds latents).
         labels: one for all or one for each image; -1 or None for no label.
         start: a time from which to begin, instead of from pure noise: the first `x_t` is then a row of the bank (of
             the label), drawn by the seed, with the noise of that level, which is an exact draw of what the bank's own
@@ -253,7 +254,8 @@ def trajectory(
         Step: with `posterior.mean`, `x_t`, `x_next`.
     """
     seeds = _checked_seeds(seeds)
-    schedule, sampler = (DDPM() if schedule is None else schedule), (DDIM() if sampler is None else sampler)
+    schedule = DDPM() if schedule is None else schedule
+    sampler = DDIM(clip_sample=not denoiser.bank.is_latent) if sampler is None else sampler
     if not isinstance(sampler, Sampler):
         raise GolddiffError("a sampler is an object, such as gd.DDIM()")
     if dtype not in (torch.float32, torch.float64):

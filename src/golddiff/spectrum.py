@@ -22,6 +22,7 @@ __all__ = [
     "Statistics",
     "compute_covariance",
     "compute_spectrum",
+    "reduced_spectrum",
 ]
 
 LARGEST_EIGENBASIS = 4096  # of min(N, D); its time grows with the cube: 20 s here on two cores
@@ -206,16 +207,39 @@ class Rows:
 def compute_spectrum(rows: Rows) -> Spectrum:
     """The eigenbasis of the covariance (divided by N - 1), by the Gram matrix where rows are fewer than pixels."""
     if rows.count <= len(rows.centre):
-        mean, variances, varying, values, inner = _by_gram(rows)
+        mean, *found = _by_gram(rows)
     else:
         mean, product = _covariance(rows)
-        variances = product.diagonal().clone()
-        varying = variances > CONSTANT
-        values, inner = torch.linalg.eigh(product[varying][:, varying])
+        found = [*_eigenbasis(product)]
+    return _spectrum(rows.scale * (mean + rows.centre.double()) + rows.offset, *found)
+
+
+def reduced_spectrum(whole: Spectrum, count: int, gone: Tensor) -> Spectrum:
+    """The eigenbasis without some rows, from that of all `count` rows: what they gave is subtracted.
+
+    Arguments:
+        gone: the rows in [-1, 1], `(n, D)` float64.
+    """
+    left = count - len(gone)
+    x = gone - whole.mean
+    shift = x.sum(0) / -left  # of the mean
+    product = (whole.eigenvectors * whole.eigenvalues) @ whole.eigenvectors.T
+    product.mul_(count - 1).addmm_(x.T, x, alpha=-1).addr_(shift, shift, alpha=-left)
+    return _spectrum(whole.mean + shift, *_eigenbasis(product.div_(max(left - 1, 1))))
+
+
+def _eigenbasis(product: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Variances, varying pixels, eigenvalues, and eigenvectors of the varying pixels, of a covariance `(D, D)`."""
+    variances = product.diagonal().clone()
+    varying = variances > CONSTANT
+    return variances, varying, *torch.linalg.eigh(product[varying][:, varying])
+
+
+def _spectrum(mean: Tensor, variances: Tensor, varying: Tensor, values: Tensor, inner: Tensor) -> Spectrum:
     vectors = torch.zeros(len(mean), len(values), dtype=torch.float64)
     vectors[varying] = inner
     return Spectrum(
-        mean=rows.scale * (mean + rows.centre.double()) + rows.offset,
+        mean=mean,
         variances=torch.where(varying, variances, 0.0),
         eigenvalues=values.clamp(min=0),
         eigenvectors=vectors,

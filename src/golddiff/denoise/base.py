@@ -10,6 +10,7 @@ from typing import Any, Self, final
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..bank import Bank
 from ..errors import GolddiffError
@@ -89,6 +90,24 @@ class Denoiser(abc.ABC):
             )
         return merged
 
+    def mean(
+        self,
+        x_t: Tensor,
+        noise: Noise,
+        label: int | Sequence[int] | Tensor | None = None,
+        *,
+        seed: int | Sequence[int] | Tensor = 0,
+    ) -> Tensor:
+        """The posterior mean alone, `(B, C, H, W)`, through which gradients with respect to `x_t` flow.
+
+        They are in closed form (`Posterior.vjp`), so nothing but the posterior is kept for them. Denoisers without a
+        derivative raise an error only if a gradient is asked for.
+
+        Arguments:
+            x_t, noise, label, seed: as for the denoiser itself.
+        """
+        return _Mean.apply(x_t, self, noise, label, seed)
+
     def over(self, ranks: Ranks) -> Self:
         """This denoiser with the rows spread over processes: each sums over its own, and all have the same result.
 
@@ -117,7 +136,9 @@ class Denoiser(abc.ABC):
         if x_t.dtype not in (torch.float32, torch.float64):
             raise GolddiffError(f"x_t is {x_t.dtype}: convert it to float32 or float64")
         if x_t.requires_grad and torch.is_grad_enabled():
-            raise GolddiffError("x_t requires grad, and no gradient flows through a denoiser: give x_t.detach()")
+            raise GolddiffError(
+                "x_t requires grad, and a posterior keeps no graph: give x_t.detach(), or use denoiser.mean"
+            )
         if not bool(torch.isfinite(x_t).all()):
             raise GolddiffError("x_t has NaN or infinite values: check the step that made it")
         if x_t.device != self.bank.device:
@@ -126,6 +147,20 @@ class Denoiser(abc.ABC):
             raise GolddiffError(f"noise is a {type(noise).__name__}: give golddiff.Noise(alpha, sigma)")
         if bool((noise.sigma == 0).any()):
             raise GolddiffError("sigma is 0: the image is already clean, there is nothing to denoise")
+
+
+class _Mean(torch.autograd.Function):
+    """The posterior mean, with its derivative in closed form."""
+
+    @staticmethod
+    def forward(ctx: Any, x_t: Tensor, denoiser: Denoiser, noise: Noise, label: Any, seed: Any) -> Tensor:
+        ctx.posterior = denoiser(x_t.detach(), noise, label, seed=seed)
+        return ctx.posterior.mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.posterior.vjp(gradient), None, None, None, None
 
 
 def per_image(values: int | Sequence[int] | Tensor, batch: int, what: str) -> Tensor:

@@ -53,15 +53,13 @@ class Optimal(Denoiser):
         if isinstance(self.subset, Everything) and support.log_q is None:
             mean, log_total, ess = self._scan(q, s, support.rows_of(0) if self.ranks.linked else eligible)
         else:
-            parts = [self._measured(q[b], s[b], support.rows_of(b)) for b in range(len(q))]
+            parts = [self._measured(q[b], s[b], support.rows_of(b), support.log_q_of(b)) for b in range(len(q))]
             mean, log_total, ess = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
-            if support.log_q is not None:  # this rank has no rows of some images
-                log_total = log_total + support.log_q[:, 0].amin(-1).double()
         mean, log_total, ess = self.ranks.merged(mean, log_total, ess)
 
         def weigh(b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
             rows = support.rows_of(b)
-            return rows, softmax_of_rows(-self.bank.distances(q[b], s[b], rows) / 2)[0]
+            return rows, softmax_of_rows(support.log_q_of(b).double() - self.bank.distances(q[b], s[b], rows) / 2)[0]
 
         return Posterior(
             mean=self.bank.uncentred(mean).to(x_t.dtype).reshape(x_t.shape),
@@ -85,10 +83,12 @@ class Optimal(Denoiser):
         farthest = self.bank.norms.max().sqrt() + mean.double().norm(dim=1)
         return share * farthest * self.bank.scale / math.sqrt(self.bank.D)
 
-    def _measured(self, q: Tensor, s: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _measured(
+        self, q: Tensor, s: Tensor, rows: Tensor, log_q: Tensor | float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Mean (of the centred rows) `(D,)`, log of the total and ess of one image over some rows, by distances in
         float64."""
-        logits = self.bank.distances(q, s, rows) / -2
+        logits = self.bank.distances(q, s, rows) / -2 + log_q
         weighty = logits >= logits.max() - NOTHING
         weights, log_total, ess = softmax_of_rows(logits[weighty])
         dtype = torch.float64 if len(weights) <= MEASURED_AGAIN else q.dtype

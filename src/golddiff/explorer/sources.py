@@ -105,7 +105,7 @@ def image_of(bank: Bank, posterior: Posterior, every: bool) -> Iterator[Sources 
     tally = Tally(bank, posterior)
     parts = parts_of(posterior, bank, TURN)
     if not every:
-        few = max(1, int(FEW / TURN))
+        few = max(1, int(FEW / max(products_of(posterior, bank, len(part)) for part in parts)))
         parts = parts[:: math.ceil(len(parts) / few)]
     for part in parts:
         tally.add(part)
@@ -114,6 +114,13 @@ def image_of(bank: Bank, posterior: Posterior, every: bool) -> Iterator[Sources 
     if every:
         tally.paint(answer)
     yield answer
+
+
+def products_of(posterior: Posterior, bank: Bank, numbers: int) -> float:
+    """About how many multiplications the weights of so many numbers of one tile cost."""
+    if posterior.support is None or posterior.log_evidence.ndim == 1:
+        return 1.0
+    return float(posterior.support.size * bank.D) * (READING + numbers)
 
 
 def parts_of(posterior: Posterior, bank: Bank, products: float) -> list[Tensor]:
@@ -127,8 +134,8 @@ def parts_of(posterior: Posterior, bank: Bank, products: float) -> list[Tensor]:
     support = posterior.support
     if support is None or posterior.log_evidence.ndim == 1:
         return [torch.arange(bank.D)]
-    read = float(support.size * bank.D)
-    together = max(1, int((products / read - READING) / channels))
+    read = support.size * bank.D
+    together = max(1, int((max(products / read, 5 * READING) - READING) / channels))  # reading is a fifth at most
     if support.tiles is None:
         count = math.ceil(plane / together)
         planes = [everything[first::count] for first in range(count)]

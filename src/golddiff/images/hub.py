@@ -9,7 +9,6 @@ import numpy as np
 
 from ..errors import GolddiffError
 from .core import NO_LABEL, Images
-from .parquet import LABEL_COLUMNS
 from .pictures import EncodedPicture, decoded
 
 __all__ = ["HUB", "read_hub"]
@@ -31,6 +30,8 @@ def read_hub(name: str, split: str, **options: Any) -> Images:
         import datasets
     except ImportError as error:
         raise GolddiffError(f"hf:{name} needs the extra datasets: pip install 'golddiff[datasets]'") from error
+    from .parquet import LABEL_COLUMNS  # here, as pyarrow takes long to load
+
     try:
         table = datasets.load_dataset(name, split=split)
     except Exception as error:  # whatever a loader raises: no network, no such name, no such split

@@ -18,7 +18,6 @@ from .core import Images
 from .folder import only_train, read_folder
 from .hub import HUB, read_hub
 from .idx import find_idx, read_idx
-from .parquet import find_parquet, read_parquet
 
 __all__ = ["BUILT_IN", "KNOWN", "find_source", "open_source"]
 
@@ -129,6 +128,8 @@ def _from_path(found: str | Path, split: str, layout: str | None, encoded: dict[
             return read_hub(found.removeprefix(HUB_PREFIX), split, **encoded)
         only_train(found, split)
         return _built_in(found)
+    from .parquet import find_parquet, read_parquet  # pyarrow takes long to load, and few sources need it
+
     if found.is_dir():
         if files := find_parquet(found, split):
             return read_parquet(files, **encoded)
