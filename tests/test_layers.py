@@ -11,7 +11,7 @@ ORDER = [
     "errors", "files", "ranks", "images", "latents", "noise", "proxy", "spectrum", "prepare", "derived", "kernels",
     "bank", "locality", "golden", "scores", "drawing", "cells", "importance", "certified", "posterior", "denoise",
     "oracle", "metrics", "sample", "calibrate", "concentrate", "training", "pictures", "recipe", "runs", "compare",
-    "attribution", "reports", "doctor", "adapters", "cli",
+    "attribution", "reports", "doctor", "adapters", "explorer", "cli",
 ]  # fmt: skip
 FOLDER = Path(golddiff.__file__).parent
 
@@ -39,7 +39,7 @@ def test_modules_import_only_from_those_above():
 
 
 def test_import_is_light():
-    heavy = "{'sklearn', 'mlxtend', 'diffusers', 'torchvision', 'matplotlib', 'pandas', 'scipy', 'numba'}"
+    heavy = {"sklearn", "mlxtend", "diffusers", "torchvision", "matplotlib", "pandas", "scipy", "numba", "fastapi"}
     code = f"import sys, golddiff; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,0 +1,110 @@
+"""Starting and ending the server."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import sys
+import webbrowser
+from types import FrameType
+from typing import Any
+
+from ..bank import Bank
+from ..errors import GolddiffError
+from .guard import is_loopback
+
+__all__ = ["serve"]
+
+PATIENCE = 0.2  # seconds that the step under way has to end
+
+
+def serve(bank: Bank, host: str = "127.0.0.1", port: int = 8765, *, open_browser: bool = False) -> None:
+    """Serves the explorer of a bank until it is interrupted.
+
+    Arguments:
+        host: an address of this machine. Any but loopback can be reached by others, who then need the token that is
+            printed.
+        port: 0 takes a free one.
+        open_browser: open the page.
+
+    Raises:
+        GolddiffError: the extra `web` is missing, or the port is taken.
+    """
+    try:
+        import uvicorn
+
+        from .runs import Explorer
+        from .web import application
+    except ImportError as error:
+        raise GolddiffError("the explorer needs the extra web: pip install 'golddiff[web]'") from error
+    listening = _bound(host, port)
+    token = None if is_loopback(host) else secrets.token_urlsafe(24)
+    address = _address(host, listening.getsockname()[1], token)
+    explorer = Explorer(bank)
+
+    class Server(uvicorn.Server):
+        """Ends streams at the first Ctrl-C: it stops the worker, whose feeds then say that they are over."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            explorer.worker.stop()
+            explorer.close()
+            super().handle_exit(sig, frame)
+
+    config: Any = uvicorn.Config(
+        application(explorer, token),
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_graceful_shutdown=1,
+        limit_concurrency=200,
+    )
+    print(f"golddiff: {bank} at {address}\ngolddiff: Ctrl-C ends it", flush=True)
+    if token:
+        print(f"golddiff: others can reach {host}: who has this address, token included, can use it", flush=True)
+    if open_browser:
+        webbrowser.open(address)
+    try:
+        Server(config).run([listening])
+    except KeyboardInterrupt:
+        pass
+    finally:
+        listening.close()
+    _leave(explorer.worker.stop(PATIENCE))
+
+
+def _leave(ended: bool) -> None:
+    """Leaves at once if a long step is still being computed: nothing of it would be kept."""
+    print("golddiff: stopped", flush=True)
+    if not ended:
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that listens."""
+    if not 0 <= port <= 65535:
+        raise GolddiffError(f"--port is {port}: give a number from 0 to 65535; 0 takes a free one")
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise GolddiffError(f"--host {host} is no address of this machine: use 127.0.0.1") from error
+    made = socket.socket(family, kind, protocol)
+    try:
+        if os.name == "posix":
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(where)
+        made.listen(128)
+    except OSError as error:
+        made.close()
+        raise GolddiffError(
+            f"port {port} of {host} cannot be used ({error.strerror}): give another --port, or --port 0 for a free one"
+        ) from error
+    return made
+
+
+def _address(host: str, port: int, token: str | None) -> str:
+    """What to open in a browser."""
+    named = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host  # noqa: S104
+    return f"http://{named}:{port}/" + (f"?token={token}" if token else "")
