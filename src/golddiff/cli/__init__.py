@@ -7,10 +7,10 @@ import sys
 import click
 
 from ..errors import GolddiffError
-from . import banks, machine, measures, sampling, sources
+from . import banks, machine, measures, page, sampling, sources
 from .common import app
 
-__all__ = ["app", "banks", "machine", "main", "measures", "sampling", "sources"]
+__all__ = ["app", "banks", "machine", "main", "measures", "page", "sampling", "sources"]
 
 
 def main() -> None:

@@ -44,7 +44,6 @@ async function drawGolden() {
   const list = $("#golden");
   if (!step) return;
   const silent = why(panel);
-  $("#map-button").disabled = Boolean(silent);
   if (silent) {
     list.replaceChildren();
     $("#every").hidden = true;
@@ -117,6 +116,7 @@ function drawWhich() {
 }
 
 function soon() {
+  $("#map-button").disabled = Boolean(why(activePanel()));
   clearTimeout(timer);
   timer = setTimeout(() => {
     drawPixel();
@@ -154,6 +154,7 @@ on("steps", (panel) => panel === activePanel() && panel.shown === panel.steps.at
 on("index", soon);
 on("pixel", () => {
   drawWhich();
+  $("#map-button").disabled = Boolean(why(activePanel()));
   drawPixel();
   drawGolden();
 });
