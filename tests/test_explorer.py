@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -178,6 +178,25 @@ def test_shares_of_an_image_are_means_of_weights(client, bank, method, every):
             if source["colour"]:
                 mine = (colours == tuple(bytes.fromhex(source["colour"][1:]))).all(-1)
                 assert np.array_equal(mine, dominant == source["row"])
+
+
+def test_another_question_makes_the_one_before_idle(client, explorer):
+    """No error, which a browser would log, but an answer without content; the second question is answered."""
+    name = begun(client, steps=2)
+    followed(client, name)
+    run, holding = explorer.run(name), threading.Event()
+    explorer.worker.ask(holding.wait)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(client.get, f"/api/runs/{name}/steps/0/sources")
+        while run._asking is None:
+            time.sleep(0.01)
+        task = run._asking
+        second = pool.submit(client.get, f"/api/runs/{name}/steps/1/sources")
+        while run._asking is task:
+            time.sleep(0.01)
+        holding.set()
+        assert (first.result().status_code, first.result().content) == (204, b"")
+        assert second.result().json()["total"] == 300
 
 
 def test_sources_of_large_work_come_from_some_pixels_first(client, bank, monkeypatch):

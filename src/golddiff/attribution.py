@@ -112,10 +112,9 @@ def attribute(bank: Bank, posterior: Posterior, b: int = 0, region: object = Non
 def _weighted_sum(bank: Bank, pixels: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     """Of the same pixels of the rows, `(P,)` float64, weights `(K, P)`."""
     total = torch.zeros(len(pixels), dtype=torch.float64, device=pixels.device)
-    for part in torch.arange(len(rows), device=rows.device).split(max(1, NUMBERS // bank.D)):
-        x = bank.images(rows[part], torch.float64).flatten(1)[:, pixels]
-        total += (weights[part] * x).sum(0)
-    return total
+    for part in torch.arange(len(rows), device=rows.device).split(max(1, NUMBERS // len(pixels))):
+        total += (weights[part] * bank.centred(rows[part], torch.float64, pixels=pixels)).sum(0)
+    return (total + bank.centre[pixels].double()) * bank.scale + bank.offset
 
 
 def pixels_of(region: object, shape: tuple[int, int, int]) -> Tensor:

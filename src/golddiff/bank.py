@@ -412,8 +412,16 @@ class Bank:
             self._rows[label] = rows
         return self._rows[label]
 
-    def centred(self, rows: Tensor | slice, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """`v` of some rows, `(n, D)`; written into the first rows of `out` if given."""
+    def centred(
+        self, rows: Tensor | slice, dtype: torch.dtype, out: Tensor | None = None, pixels: Tensor | None = None
+    ) -> Tensor:
+        """`v` of some rows, `(n, D)`, or of some of their pixels, `(n, P)`; written into the first rows of `out` if
+        given."""
+        if pixels is not None:
+            assert isinstance(rows, Tensor)  # noqa: S101 - the pair is one index
+            some = self.pixels.flatten(1)[rows[:, None], pixels]
+            self.bytes_read += some.nbytes
+            return some.to(dtype).sub_(self.centre[pixels])
         chosen = self.pixels[rows].flatten(1)
         self.bytes_read += chosen.numel() * chosen.element_size()
         if out is None:

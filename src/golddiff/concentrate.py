@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .bank import Bank
 from .denoise import denoiser
-from .denoise.sources import masked_logits
+from .denoise.local import masked_logits
 from .errors import GolddiffError
 from .files import replacing
 from .golden import Budget

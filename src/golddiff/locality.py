@@ -9,7 +9,6 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -160,18 +159,16 @@ class Masked(Locality):
             like: has the type and device of the squares.
         """
 
-        @cache
-        def mask() -> Tensor:
-            return self.mask(noise, label).to(like.device)
+        mask = self.mask(noise, label).to(like.device).to(like.dtype)
+        return lambda squares, pixels=None: squares @ (mask if pixels is None else mask[:, pixels])
 
-        @cache
-        def numbers() -> Tensor:
-            return mask().to(like.dtype)
+    def columns(self, noise: Noise, label: int | None, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The pixels n that vote on some output pixels m `(P,)`, ascending `(U,)`, and their `M[n, m]`, `(U, P)`."""
+        return _without_empty_rows(self._columns(noise, label, pixels.cpu()))
 
-        def sums(squares: Tensor, pixels: Tensor | None = None) -> Tensor:
-            return squares @ (numbers() if pixels is None else mask()[:, pixels].to(like.dtype))
-
-        return sums
+    def _columns(self, noise: Noise, label: int | None, pixels: Tensor) -> Tensor:
+        """`M[:, pixels]`, `(D, P)`."""
+        return self.mask(noise, label)[:, pixels]
 
     def runs(self, noise: Noise, label: int | None = None, tiles: Tensor | None = None) -> list[MaskRuns] | None:
         """The mask as runs, one set for each tile `(D,)` of output pixels, kept for recent noise levels; None for
@@ -274,6 +271,13 @@ class Window(Masked):
         plane = (near[0][:, None, :, None] & near[1][None, :, None, :]).reshape(height * width, -1)
         return plane.repeat(channels, channels)
 
+    def _columns(self, noise: Noise, label: int | None, pixels: Tensor) -> Tensor:
+        channels, height, width = self.shape
+        half, place = self.windows(noise) // 2, pixels % (height * width)
+        rows = (torch.arange(height)[:, None] - place // width).abs() <= half
+        columns = (torch.arange(width)[:, None] - place % width).abs() <= half
+        return (rows[:, None] & columns).flatten(0, 1).repeat(channels, 1)
+
     def name(self, noise: Noise, label: int | None = None) -> str:
         return _short_hash(f"window {self.windows(noise)} {int(noise.angle)}")
 
@@ -366,14 +370,24 @@ class PCAMask(Masked):
         return _short_hash(f"{self.rule} {self.threshold!r} {self.statistics_of(label)} {int(noise.angle)}")
 
     def mask(self, noise: Noise, label: int | None = None) -> Tensor:
+        kept = self._packed(noise, label)
+        return kept if kept.is_floating_point() else _unpack(kept, self.bank.D)
+
+    def _columns(self, noise: Noise, label: int | None, pixels: Tensor) -> Tensor:
+        kept = self._packed(noise, label)
+        if kept.is_floating_point():
+            return kept[:, pixels]
+        return (kept[:, pixels // 8] >> (7 - pixels % 8).to(torch.uint8) & 1).bool()
+
+    def _packed(self, noise: Noise, label: int | None) -> Tensor:
+        """The mask, its columns in bits `(D, D / 8)`; or ratios, `(D, D)` float."""
         name = f"mask-{self.name(noise, label)}"
 
         def compute() -> tuple[Tensor, int]:
             mask = self._compute(name, noise, self.statistics_of(label))
             return mask, mask.nbytes
 
-        kept = self._recent.get(name, compute)
-        return kept if kept.is_floating_point() else _unpack(kept, self.bank.D)
+        return self._recent.get(name, compute)
 
     def _runs(self, noise: Noise, label: int | None, tiles: Tensor | None, count: int) -> list[MaskRuns] | None:
         if self.bank.D < WORTH_KEEPING or (self.rule == "published" and self.threshold == 0):
@@ -419,6 +433,11 @@ class PCAMask(Masked):
         for part, ratio in ratios():
             mask[:, part] = ratio.abs_() >= self.threshold * largest
         return mask
+
+
+def _without_empty_rows(columns: Tensor) -> tuple[Tensor, Tensor]:
+    seen = (columns != 0).any(1).nonzero()[:, 0]
+    return seen, columns[seen]
 
 
 def _short_hash(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -16,9 +17,9 @@ from ..posterior import Posterior, RunningSoftmax, Sources
 from ..ranks import Ranks
 from .base import Denoiser
 from .compiled import masked_softmax, usable
-from .sources import BLOCK, MaskedRows, masked_logits
+from .sources import BLOCK, MaskedRows
 
-__all__ = ["MaskedDenoiser"]
+__all__ = ["MaskedDenoiser", "masked_logits"]
 
 
 class MaskedDenoiser(Denoiser):
@@ -81,8 +82,8 @@ class MaskedDenoiser(Denoiser):
         mean, log_total, ess = self.ranks.merged(mean, log_total, ess)
 
         exact = x_t.double()
-        masked = self.locality.sums(noise[0], label, exact)
-        sources = MaskedRows(self.bank, *self.bank.query(exact, noise), masked, support, self.legacy_batch)
+        columns = partial(self.locality.columns, noise[0], label)
+        sources = MaskedRows(self.bank, *self.bank.query(exact, noise), columns, support, self.legacy_batch)
         return Posterior(
             mean=self.bank.uncentred(mean).to(x_t.dtype).reshape(x_t.shape),
             log_evidence=(log_total - support.eligible.double().log()[:, None].to(x_t.device)).reshape(x_t.shape),
@@ -124,3 +125,8 @@ class MaskedDenoiser(Denoiser):
                 out[0, b, outputs], out[1, b, outputs], out[2, b, outputs] = sums.mean, sums.log_total, sums.ess
         mean, log_total, ess = out
         return mean, log_total, ess
+
+
+def masked_logits(q: Tensor, s: Tensor, v: Tensor, masked: Sums, pixels: Tensor | None = None) -> Tensor:
+    """Minus half the masked sums of `(q - s v)^2` of one image: q `(D,)`, s `()`, rows v `(n, D)` -> `(n, pixels)`."""
+    return masked(torch.sub(q, v * s).square_(), pixels).mul_(-0.5)

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from ..bank import Bank
 from ..golden import Support
-from ..locality import Sums
 from ..posterior import Piece, Sources, softmax_of_rows
 from ..spectrum import Statistics
 
-__all__ = ["BLOCK", "Linear", "MaskedRows", "Weighed", "WholeRows", "masked_logits"]
+__all__ = ["BLOCK", "Linear", "MaskedRows", "Weighed", "WholeRows"]
 
 BLOCK = 512
 WEIGHTS_AT_ONCE = 2**24
@@ -21,6 +20,7 @@ NOTHING = 1e-24  # a weight that no sum in float64 can feel
 FLAT = 1e-8  # alpha that stands for 0
 
 Weigh = Callable[[int, Tensor | None], tuple[Tensor, Tensor]]
+Columns = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Weighed(Sources):
@@ -56,14 +56,16 @@ class MaskedRows(Sources):
     """Weights of rows for each pixel, by masked sums; in float64.
 
     Arguments:
-        q: `(B, D)` float64, s: `(B,)`: see `Bank.query`. masked: the sums, of float64 squares.
+        q: `(B, D)` float64, s: `(B,)`: see `Bank.query`.
+        columns: from pixels to the inputs that vote on them, and their entries of the mask, see `Masked.columns`.
         legacy_batch: see `MaskedDenoiser`.
     """
 
     def __init__(
-        self, bank: Bank, q: Tensor, s: Tensor, masked: Sums, support: Support, legacy_batch: int | None
+        self, bank: Bank, q: Tensor, s: Tensor, columns: Columns, support: Support, legacy_batch: int | None
     ) -> None:
-        self.bank, self.q, self.s, self.masked, self.support = bank, q, s, masked, support
+        self.bank, self.q, self.s, self.support = bank, q, s, support
+        self._columns = columns
         self.legacy_batch = legacy_batch
 
     def weights(self, b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -87,7 +89,7 @@ class MaskedRows(Sources):
         variance = torch.zeros(len(wanted), dtype=torch.float64, device=wanted.device)
         for where, rows, weights in self._parts(b, wanted):
             log_q = self.support.log_q_of(b, int(self._tiles(wanted[where[:1]])[0]))
-            v = self.bank.centred(rows, torch.float64)[:, wanted[where]]
+            v = self.bank.centred(rows, torch.float64, pixels=wanted[where])
             spread = (weights * (v - (weights * v).sum(0))).square()
             variance[where] = ((1 - (-log_q.double()).exp())[:, None] * spread).sum(0)
         return variance.sqrt() * self.bank.scale
@@ -99,20 +101,17 @@ class MaskedRows(Sources):
         every = self._wanted(None)
         for where, rows, weights in self._parts(b, every):
             at = every[where]
-            values = torch.cat([x[:, at] for _, _, x in self.bank.blocks(rows, torch.float64, BLOCK)])
+            inputs, mask = self._mask(at)
+            values = self.bank.centred(rows, torch.float64, pixels=at)
             weighed = weights * (values - (weights * values).sum(0))
-            for part, _, x in self.bank.blocks(rows, torch.float64, BLOCK):
+            for part in torch.arange(len(rows), device=rows.device).split(BLOCK):
+                x = self.bank.centred(rows[part], torch.float64, pixels=inputs)
                 for i, direction in enumerate(v):
                     if transposed:
-                        out[i] += (self._pull(weighed[part] * direction[at], at) * x).sum(0)
+                        out[i, inputs] += ((weighed[part] * direction[at]) @ mask.T * x).sum(0)
                     else:
-                        out[i, at] += (weighed[part] * self.masked(x * direction, at)).sum(0)
+                        out[i, at] += (weighed[part] * ((x * direction[inputs]) @ mask)).sum(0)
         return out * self.bank.scale**2
-
-    def _pull(self, values: Tensor, pixels: Tensor) -> Tensor:
-        """The transpose of the masked sums: from `(n, pixels)` to `(n, D)`."""
-        zeros = values.new_zeros(len(values), self.bank.D)
-        return torch.func.vjp(lambda squares: self.masked(squares, pixels), zeros)[1](values)[0]
 
     def _wanted(self, pixels: Tensor | None) -> Tensor:
         device = self.q.device
@@ -129,11 +128,17 @@ class MaskedRows(Sources):
             for where in (tiles == tile).nonzero()[:, 0].split(max(1, WEIGHTS_AT_ONCE // len(rows))):
                 yield where, rows, self._weights_of(b, rows, log_q.double(), wanted[where])
 
+    def _mask(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The inputs that vote on some pixels, `(U,)`, and their entries of the mask, `(U, P)` float64."""
+        inputs, mask = self._columns(pixels)
+        return inputs.to(pixels.device), mask.to(pixels.device, torch.float64)
+
     def _weights_of(self, b: int, rows: Tensor, log_q: Tensor, pixels: Tensor) -> Tensor:
-        logits = [
-            masked_logits(self.q[b], self.s[b], self.bank.centred(part, torch.float64), self.masked, pixels)
-            for part in rows.split(self.legacy_batch or BLOCK)
-        ]
+        inputs, mask = self._mask(pixels)
+        logits = []
+        for part in rows.split(self.legacy_batch or BLOCK):
+            v = self.bank.centred(part, torch.float64, pixels=inputs)
+            logits.append(torch.sub(self.q[b, inputs], v.mul_(self.s[b]), out=v).square_() @ mask / -2)
         if self.legacy_batch:
             return torch.cat([softmax_of_rows(part.T)[0].T for part in logits]) / len(logits)
         return softmax_of_rows(torch.cat(logits).add_(log_q[:, None]).T)[0].T
@@ -152,8 +157,3 @@ class Linear(Sources):
     def spread(self, b: int, v: Tensor, transposed: bool) -> Tensor:
         alpha, sigma = self.alpha[b : b + 1].clamp(min=FLAT), self.sigma[b : b + 1]
         return self.statistics.denoise(v, alpha, sigma)[0] * (sigma**2 / alpha)
-
-
-def masked_logits(q: Tensor, s: Tensor, v: Tensor, masked: Sums, pixels: Tensor | None = None) -> Tensor:
-    """Minus half the masked sums of `(q - s v)^2` of one image: q `(D,)`, s `()`, rows v `(n, D)` -> `(n, pixels)`."""
-    return masked(torch.sub(q, v * s).square_(), pixels).mul_(-0.5)

@@ -133,15 +133,15 @@ class Run:
         """The rows that made a pixel of a step."""
         return pixel_of(self.stock.whole, self.posterior(index), y, x)
 
-    def sources(self, index: int, every: bool, worker: Worker) -> Future[Sources]:
+    def sources(self, index: int, every: bool, worker: Worker) -> Future[Sources | None]:
         """The rows that made the mean of a step, in turns with other work; remembered.
 
-        Another question of this kind cancels the one before.
+        Another question of this kind cancels the one before, whose answer is then None.
 
         Arguments:
             every: from all pixels, with a source map; otherwise from as many as do not take long.
         """
-        answer: Future[Sources] = Future()
+        answer: Future[Sources | None] = Future()
         self.check_step(index)
 
         def item(found: Sources | None) -> None:
@@ -151,10 +151,8 @@ class Run:
         def end(ending: Ending, error: Exception | None) -> None:
             if error is not None:
                 answer.set_exception(error)
-            elif (index, every) in self._sources:
-                answer.set_result(self._sources[index, every])
             else:
-                answer.set_exception(GolddiffError("another question came before this answer: ask again"))
+                answer.set_result(self._sources.get((index, every)))
 
         if (index, every) in self._sources:
             end("finished", None)

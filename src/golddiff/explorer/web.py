@@ -228,11 +228,14 @@ def _add_runs(app: FastAPI, explorer: Explorer) -> None:
 
 
 def _add_questions(app: FastAPI, explorer: Explorer) -> None:
-    @app.get("/api/runs/{id}/steps/{index}/sources", responses=REFUSED)
-    async def of_image(id: Id, index: Index, every: bool = False) -> Sources:
+    superseded: dict[int | str, dict[str, Any]] = {204: {"description": "Another question came before the answer."}}
+
+    @app.get("/api/runs/{id}/steps/{index}/sources", responses={**superseded, **REFUSED}, response_model=Sources)
+    async def of_image(id: Id, index: Index, every: bool = False) -> Sources | Response:
         """The rows that made the posterior mean of a step: from as many pixels as do not take long, or from every one,
         then with a map of which row dominates each pixel."""
-        return await asyncio.wrap_future(explorer.run(id).sources(index, every, explorer.worker))
+        found = await asyncio.wrap_future(explorer.run(id).sources(index, every, explorer.worker))
+        return Response(status_code=204) if found is None else found
 
     @app.get("/api/runs/{id}/steps/{index}/pixels/{y}/{x}", responses=REFUSED)
     async def of_pixel(id: Id, index: Index, y: Whole, x: Whole) -> Sources:

@@ -28,8 +28,10 @@ async function fetched(path, options) {
   throw new Problem(answer.status, detail);
 }
 
+// The answer; null if another question made this one idle.
 export async function ask(path, options) {
-  return (await fetched(path, options)).json();
+  const answer = await fetched(path, options);
+  return answer.status === 204 ? null : answer.json();
 }
 
 export function send(path, body) {

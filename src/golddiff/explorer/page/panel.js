@@ -117,7 +117,7 @@ export class Panel {
     if (!this.kept.has(path)) {
       const answer = this.question(path);
       this.kept.set(path, answer);
-      answer.catch(() => this.kept.delete(path));
+      answer.then((found) => found ?? this.kept.delete(path), () => this.kept.delete(path));
     }
     return this.kept.get(path);
   }

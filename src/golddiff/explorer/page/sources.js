@@ -57,10 +57,10 @@ async function drawGolden() {
     if (app.map) say("Drawing the source map …");
     found = await panel.asked(wanted);
   } catch (error) {
-    if (panel === activePanel() && panel.shown === step && !superseded(error)) $("#golden-note").textContent = `No sources: ${error.message}.`;
+    if (panel === activePanel() && panel.shown === step) $("#golden-note").textContent = `No sources: ${error.message}.`;
     return;
   }
-  if (panel !== activePanel() || panel.shown?.index !== step.index) return;
+  if (!found || panel !== activePanel() || panel.shown?.index !== step.index) return;
   if (app.map) say("");
   list.replaceChildren(...found.rows.map((source) => thumb(source)));
   list.dataset.step = step.index;
@@ -70,8 +70,6 @@ async function drawGolden() {
   $("#every").hidden = found.pixels === found.of;
   drawMap(panel, app.map ? found : null);
 }
-
-const superseded = (error) => error.message.startsWith("another question");
 
 function drawMap(panel, found) {
   for (const other of app.panels) other.map.hidden = true;
