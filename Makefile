@@ -45,10 +45,11 @@ $(VENV)/demo.done: $(VENV)/torch.done pyproject.toml
 	$(PIP) -e '.[demo]'
 	touch $@
 
-# deepinv by itself: it asks for torchvision, which nothing here needs (the tests stand in for it)
+# deepinv apart from the rest: it asks for torchvision, which nothing here needs (the tests stand in for it)
 $(VENV)/dev.done: $(VENV)/torch.done pyproject.toml
 	$(PIP) -e '.[dev]'
-	$(PIP) --no-deps deepinv
+	$(PIP) --no-deps --target $(VENV)/apart deepinv
+	$(BIN)/python -m pip check
 	touch $@
 
 $(VENV)/docs.done: $(VENV)/torch.done pyproject.toml

@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 NAMES = {
@@ -22,7 +23,11 @@ NAMES = {
 
 @contextmanager
 def stand_in_for_torchvision():
-    """Within it, `import deepinv` works; afterwards nobody else sees the empty names."""
+    """Within it, `import deepinv` works; afterwards nobody else sees the empty names.
+
+    The Makefile puts deepinv into a folder of its own, as it cannot be complete without torchvision.
+    """
+    sys.path.append(str(Path(sys.prefix) / "apart"))
     if importlib.util.find_spec("torchvision"):
         yield
         return

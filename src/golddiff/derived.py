@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import GolddiffError
-from .files import replacing
+from .files import replacing, sweep
 
 __all__ = ["Derived"]
 
 FORMAT = 2  # to be raised when a formula of what is derived changes
 KEPT_IN_MEMORY = 4
+LONG_AGO = 3600.0  # seconds after which nobody still writes a file
 
 
 class Derived:
@@ -51,6 +53,7 @@ class Derived:
                 file.parent.mkdir(exist_ok=True)
                 with replacing(file) as part:
                     save_file(tensors, part, metadata={**self._stamp, "hash": _hashed(tensors)})
+                sweep(file.parent, time.time() - LONG_AGO)
                 tensors = _read(file)[1]  # mapped
         if remember:
             self._kept[name] = tensors

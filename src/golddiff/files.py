@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import GolddiffError
@@ -17,7 +18,9 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["cache_folder", "growing_folder", "hash_file", "replacing"]
+__all__ = ["cache_folder", "growing_folder", "half_written", "hash_file", "replacing", "sweep"]
+
+HALF_WRITTEN = re.compile(r"\.[0-9a-f]{8}-.+|\.tmp[A-Za-z0-9]{6}")
 
 
 def cache_folder() -> Path:
@@ -39,6 +42,19 @@ def replacing(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def half_written(path: Path) -> bool:
+    """Whether a file was left by a process that was killed while it wrote: of `replacing`, or of safetensors."""
+    return HALF_WRITTEN.fullmatch(path.name) is not None
+
+
+def sweep(folder: Path, before: float) -> None:
+    """Removes what killed processes left half-written in a folder before a time (of `time.time`)."""
+    for path in folder.iterdir():
+        with suppress(OSError):  # another process may sweep too
+            if half_written(path) and path.stat().st_mtime < before:
+                path.unlink()
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from .bank import Bank
 from .denoise import Denoiser
 from .denoise.scan import nearest_images
 from .errors import GolddiffError, unknown
-from .files import replacing
+from .files import half_written, replacing, sweep
 from .pictures import grid, save_png, to_uint8
 from .ranks import ALONE, Ranks
 from .recipe import Recipe
@@ -36,7 +36,6 @@ __all__ = ["memory_since", "peak_memory", "run"]
 RECIPE = "recipe.json"
 SHOWN = 8  # trajectories and neighbours are shown for so many images
 IN_GRID = 144
-HALF_WRITTEN = re.compile(r"\.[0-9a-f]{8}-(seed\d{6,}.*|(grid|trajectories|nearest)\.png|samples\.npz|.*\.json)")
 OURS = re.compile(r"seed\d{6,}(-steps\.npz|\.png)")
 
 
@@ -113,7 +112,7 @@ def run(
         if ranks.is_first or apart:
             folder.summarise(whole)
         if ranks.size == 1:
-            folder.sweep(began)
+            sweep(out, began)
         if meter.images:
             number = "" if ranks.is_first else f"-{ranks.rank + 1}"
             folder.save_json(f"metrics{number}.json", meter.summary(batch))
@@ -178,7 +177,7 @@ class _RunFolder:
         """Makes the folder and writes the recipe (with the seeds that are there already); refuses another's folder."""
         file = self.path / RECIPE
         if self.path.exists():
-            others = self.path.is_dir() and [p for p in self.path.iterdir() if not HALF_WRITTEN.fullmatch(p.name)]
+            others = self.path.is_dir() and [p for p in self.path.iterdir() if not half_written(p)]
             if not self.path.is_dir() or (others and not file.exists()):
                 raise GolddiffError(f"{self.path} exists and is no run folder: choose another --out")
             if file.exists() and not force:
@@ -232,12 +231,6 @@ class _RunFolder:
         save_png(grid(pictures[:IN_GRID]), self.path / "grid.png")
         if followed := [seed for seed in done if self.steps(seed).exists()]:
             save_png(self._strips(followed[:SHOWN]), self.path / "trajectories.png")
-
-    def sweep(self, began: float) -> None:
-        """Removes files that a run which was killed left half-written, before this one began."""
-        for path in self.path.iterdir():
-            if HALF_WRITTEN.fullmatch(path.name) and path.stat().st_mtime < began:
-                path.unlink(missing_ok=True)
 
     def read(self, seeds: list[int]) -> np.ndarray:
         """The pictures of seeds, `(N, H, W, C)` uint8."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from .bank import Bank
 from .errors import GolddiffError
-from .files import replacing
+from .files import half_written, replacing, sweep
 from .golden import hashed
 
 __all__ = ["Training", "train_oracle"]
@@ -79,6 +80,7 @@ def train_oracle(bank: Bank, out: str | Path, training: Training, *, save_every:
     out = Path(out)
     _claim(out, bank, training)
     if (out / "config.json").is_file():
+        (out / STATE).unlink(missing_ok=True)  # it may have been killed right before that
         return out
     device = bank.device
     torch.manual_seed(training.seed)
@@ -178,9 +180,10 @@ def _claim(out: Path, bank: Bank, training: Training) -> None:
             raise GolddiffError(f"{file} is damaged ({error}): choose another --out") from error
         if before != said:
             raise GolddiffError(f"{out} holds a training with other settings: choose another --out, or ask the same")
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and not all(map(half_written, out.iterdir())):
         raise GolddiffError(f"{out} exists and holds no training: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
+    sweep(out, time.time())
     with replacing(file) as part:
         part.write_text(json.dumps(said, indent=1) + "\n")
 
