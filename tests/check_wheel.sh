@@ -12,16 +12,20 @@ export GOLDDIFF_CACHE="$outside/cache"
 
 "$bin/python" - <<'CHECK'
 import importlib.util
+from pathlib import Path
 
 import golddiff
 from golddiff.recipe import RECIPES
 
 assert "site-packages" in golddiff.__file__, golddiff.__file__
-extras = ("sklearn", "mlxtend", "numba", "diffusers", "datasets", "matplotlib", "sphinx", "scipy")
+extras = ("sklearn", "mlxtend", "numba", "diffusers", "datasets", "matplotlib", "sphinx", "scipy", "fastapi", "uvicorn")
 there = [name for name in extras if importlib.util.find_spec(name)]
 assert not there, f"the environment is not empty: {there}"
 recipes = sorted(path.stem for path in RECIPES.rglob("*.yaml"))
 assert recipes == ["afhq", "celeba_hq", "cifar10", "fashion_mnist", "imagenet", "mnist"], recipes
+page = Path(golddiff.__file__).parent / "explorer" / "page"
+kinds = {path.suffix for path in page.iterdir()}
+assert kinds == {".html", ".css", ".js", ".svg"}, kinds
 CHECK
 "$bin/golddiff" doctor
 

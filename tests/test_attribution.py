@@ -1,6 +1,7 @@
 """Where images come from, and what they are without some of the images of the bank."""
 
 import csv
+import gc
 import json
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 import golddiff as gd
 from conftest import noisy, toy_arrays
 from golddiff import bank as bank_module
-from golddiff import importance
+from golddiff import importance, scan
+from golddiff.recipe import Recipe
 from test_cli import call
 
 SCHEDULE = gd.DDPM()
@@ -115,8 +117,15 @@ def test_what_has_no_sources_is_refused(toy):
             gd.attribute(toy, posterior, 0, region)
     with pytest.raises(gd.GolddiffError, match="count from 0"):
         gd.attribute(toy, posterior, 3)
-    with pytest.raises(gd.GolddiffError, match="flat indices"):
-        posterior.weights(0, [60])
+    for pixels in ([60], [], [0.5]):
+        with pytest.raises(gd.GolddiffError, match="flat indices"):
+            posterior.weights(0, pixels)
+    other = gd.Bank.build(toy_arrays(80, seed=3)[0])
+    with pytest.raises(gd.GolddiffError, match="another bank"):
+        gd.attribute(other, posterior)
+    view = toy.without([4])
+    ours = gd.attribute(toy, gd.denoiser("pca", view)(x_t, noise))  # rows of a view keep their numbers
+    assert 4 not in ours.rows
 
 
 # ---- without some images ---------------------------------------------------------------------------------------------
@@ -225,7 +234,7 @@ def test_classes_views_of_views_and_bad_requests(toy):
     two = toy.without([3]).without([5, 3])
     assert two.removed.tolist() == [3, 5]
     assert two.fingerprint == toy.without([5, 3]).fingerprint
-    assert toy.without().fingerprint == toy.fingerprint
+    assert toy.without() is toy
     assert torch.equal(two.to("cpu").rows, two.rows)
     assert len(toy) == 60, "the bank itself has all of its rows"
     with pytest.raises(gd.GolddiffError, match="no image has label 1: labels here are 0, 2"):
@@ -233,6 +242,12 @@ def test_classes_views_of_views_and_bad_requests(toy):
     for rows in ([60], [-1], [1.5], [True], [[1]]):
         with pytest.raises(gd.GolddiffError, match="rows must be"):
             toy.without(rows)
+    assert toy.without(labels=1).removed.tolist() == view.removed.tolist()
+    for label in (-1, None):
+        with pytest.raises(gd.GolddiffError, match="give a class"):
+            toy.without(labels=[label])
+    with pytest.raises(gd.GolddiffError, match="recipe cannot say"):
+        Recipe.resolve(view, {})
     with pytest.raises(gd.GolddiffError, match="no image is left"):
         toy.without(range(60))
     with pytest.raises(gd.GolddiffError, match="statistics 'kept'"):
@@ -251,6 +266,22 @@ def test_a_search_finds_none_of_the_removed(digits, monkeypatch):
     found = support.rows[support.rows >= 0]
     assert len(found) > 50
     assert not torch.isin(found, torch.tensor(gone)).any()
+
+
+def test_a_view_leaves_the_folder_of_its_bank_alone(tmp_path, monkeypatch):
+    """What depends on the rows that are there is not shared, though masks are."""
+    monkeypatch.setattr(importance, "SCORED", 1000)
+    monkeypatch.setattr(importance, "SAMPLE", 512)
+    bank = gd.Bank.build("digits", tmp_path / "bank")
+    noise = SCHEDULE(300)
+    x_t = noisy(bank, noise)
+    view = bank.without(range(0, 1797, 2), statistics="keep")
+    gd.denoiser("golddiff", view, tol=0.1, search=400)(x_t, noise)
+    kept = {path.name.partition("-")[0] for path in (tmp_path / "bank" / "derived").iterdir()}
+    assert "mask" in kept
+    assert "share" not in kept
+    ours, theirs = (gd.denoiser("golddiff", b, tol=0.1, search=400) for b in (bank, gd.Bank.build("digits")))
+    assert torch.equal(ours(x_t, noise).mean, theirs(x_t, noise).mean)
 
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------
@@ -318,6 +349,19 @@ def test_gradients_flow_through_the_mean(toy, name):
     x_t = noisy(toy, noise, rows=[0, 1])
     assert torch.equal(denoiser.mean(x_t, noise, [1, -1]), denoiser(x_t, noise, [1, -1]).mean)
     assert torch.autograd.gradcheck(lambda x: denoiser.mean(x, noise, [1, -1]), (x_t.requires_grad_(),))
+
+
+def test_gradients_keep_nothing_alive(toy):
+    denoiser, noise = gd.denoiser("optimal", toy), SCHEDULE(500)
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(type(thing) is gd.Posterior for thing in gc.get_objects())
+        for _ in range(3):
+            denoiser.mean(noisy(toy, noise).requires_grad_(), noise).sum().backward()
+        assert sum(type(thing) is gd.Posterior for thing in gc.get_objects()) == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("t", [900, 400, 100])
@@ -450,13 +494,32 @@ def test_audit_takes_a_run_folder(tmp_path, capsys):
     assert "same shape" in err
 
 
-def test_nearest_images_leave_out_what_was_removed(digits):
-    from golddiff.denoise.scan import nearest_images
+@pytest.mark.parametrize("products", ["_Floats", "_Bytes"])
+@pytest.mark.parametrize("together", [2**26, 4000])
+def test_nearest_images_are_the_nearest(digits, products, together, monkeypatch):
+    """In one part or several, by either product; equal distances go by key."""
+    monkeypatch.setattr(scan, "scan_of", getattr(scan, products))
+    monkeypatch.setattr(scan, "LOGITS_AT_ONCE", together)
+    pixels = torch.cat([digits.pixels[:500], digits.pixels[100:110]])  # ten twins
+    bank = gd.Bank.build(pixels)
+    x = bank.images(slice(None), torch.float64).flatten(1)
+    images = torch.cat(
+        [bank.images(torch.arange(95, 105), torch.float64), digits.images(slice(600, 620), torch.float64)]
+    )
+    rows, distances = scan.nearest_images(bank, images, 3)
+    exact = (images.flatten(1)[:, None] - x).square().mean(2).sqrt()
+    order = np.lexsort((bank.keys.expand(len(images), -1).numpy(), exact.numpy().round(12)))[:, :3]
+    assert torch.equal(rows, torch.from_numpy(order.copy()))
+    assert torch.allclose(distances, exact.gather(1, rows), atol=1e-12)
+    with pytest.raises(gd.GolddiffError, match="no images"):
+        scan.nearest_images(bank, images[:0], 2)
 
+
+def test_nearest_images_leave_out_what_was_removed(digits):
     images = digits.images(torch.tensor([5, 9]))
-    rows, distances = nearest_images(digits, images, 3)
+    rows, distances = scan.nearest_images(digits, images, 3)
     assert rows[:, 0].tolist() == [5, 9]
     assert float(distances[:, 0].max()) < 1e-7
-    fewer, farther = nearest_images(digits.without([5, 9]), images, 2)
+    fewer, farther = scan.nearest_images(digits.without([5, 9]), images, 2)
     assert torch.equal(fewer, rows[:, 1:])
     assert torch.equal(farther, distances[:, 1:])

@@ -51,6 +51,14 @@ def client(explorer):
         yield made
 
 
+def eventually(holds, seconds=60):
+    """Waits until something holds; fails after so many seconds."""
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def begun(client, **settings):
     """The id of a new run."""
     answer = client.post("/api/runs", json=settings)
@@ -188,12 +196,10 @@ def test_another_question_makes_the_one_before_idle(client, explorer):
     explorer.worker.ask(holding.wait)
     with ThreadPoolExecutor() as pool:
         first = pool.submit(client.get, f"/api/runs/{name}/steps/0/sources")
-        while run._asking is None:
-            time.sleep(0.01)
+        eventually(lambda: run._asking is not None)
         task = run._asking
         second = pool.submit(client.get, f"/api/runs/{name}/steps/1/sources")
-        while run._asking is task:
-            time.sleep(0.01)
+        eventually(lambda: run._asking is not task)
         holding.set()
         assert (first.result().status_code, first.result().content) == (204, b"")
         assert second.result().json()["total"] == 300
@@ -403,8 +409,7 @@ def test_a_run_is_cancelled_when_asked_and_when_its_reader_leaves(client, explor
     told = []
     reader = threading.Thread(target=lambda: told.extend(followed(client, name)))
     reader.start()
-    while explorer.run(name).state == "waiting":
-        time.sleep(0.01)
+    eventually(lambda: explorer.run(name).state != "waiting")
     assert client.delete(f"/api/runs/{name}").status_code == 200
     held.set()
     reader.join(10)
@@ -418,8 +423,7 @@ def test_a_run_is_cancelled_when_asked_and_when_its_reader_leaves(client, explor
     run.feed.followers = 1
     run.feed.left()
     held.set()
-    while run.state == "running":
-        time.sleep(0.01)
+    eventually(lambda: run.state != "running")
     assert run.state == "cancelled"
     assert client.get("/api/bank").status_code == 200
 
@@ -433,8 +437,7 @@ def test_too_many_runs_are_refused_and_old_ones_forgotten(client, explorer, bank
     held.set()
     explorer.worker.ask(lambda: None).result(10)
     assert len(tasks) == explorer.worker.most
-    while explorer.worker.waiting:
-        time.sleep(0.01)
+    eventually(lambda: not explorer.worker.waiting)
     first = begun(client, steps=2)
     followed(client, first)
     explorer.room = 1
@@ -472,8 +475,7 @@ def test_the_worker_answers_questions_between_steps_and_survives_errors():
     with pytest.raises(ZeroDivisionError):
         worker.ask(lambda: 1 // 0).result(10)
     assert worker.ask(lambda: 7).result(10) == 7
-    while worker.waiting:
-        time.sleep(0.01)
+    eventually(lambda: not worker.waiting)
     assert (seen, ends) == ([1, "patient", "patient"], [("failed", "this fails")])
     assert worker.stop(10)
     with pytest.raises(CancelledError):
@@ -481,6 +483,47 @@ def test_the_worker_answers_questions_between_steps_and_survives_errors():
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------------
+
+
+def test_nothing_ends_the_thread_that_computes(client, explorer, bank):
+    """Neither the end of a task that fails, nor somebody who goes away while his question waits."""
+
+    def fails(ending, error):
+        raise RuntimeError("the end fails")
+
+    name = begun(client, steps=2)
+    followed(client, name)
+    explorer.worker.start(iter([1]), on_end=fails)
+    held = threading.Event()
+    explorer.worker.ask(held.wait)
+    assert explorer.run(name).sources(0, False, explorer.worker).cancel()
+    held.set()
+    assert explorer.worker.ask(lambda: 7).result(10) == 7
+    eventually(lambda: not explorer.worker.waiting)
+    assert client.get(f"/api/runs/{name}/steps/1/sources").status_code == 200
+
+
+def test_a_bank_without_some_images_is_explored_as_it_is(bank):
+    explorer = Explorer(bank.without(labels=[3]), prepare=False)
+    with TestClient(application(explorer), base_url=HERE) as client:
+        info = client.get("/api/bank").json()
+        assert info["rows"] == sum(found["rows"] for found in info["classes"]) == int((bank.labels != 3).sum())
+        assert 3 not in [found["label"] for found in info["classes"]]
+        assert client.get("/api/rows/299.png").status_code == 200
+    assert explorer.worker.stop(10)
+
+
+def test_latents_are_not_clipped():
+    """Latents go beyond [-1, 1]; the last step is that of gd.trajectory."""
+    codec = gd.Latents(lambda x: 5 * x, lambda x: x / 5, name="five times")
+    bank = gd.Bank.build("digits", limit=100, latents=codec)
+    explorer = Explorer(bank, prepare=False)
+    with TestClient(application(explorer), base_url=HERE) as client:
+        name = begun(client, steps=3, method="optimal")
+        followed(client, name)
+    *_, step = gd.trajectory(gd.denoiser("optimal", bank), [0], steps=3)
+    assert torch.equal(explorer.run(name).steps[-1][0], step.x_t)
+    assert explorer.worker.stop(10)
 
 
 def test_floats_of_many_channels_are_shown_by_their_first():

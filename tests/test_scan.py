@@ -6,7 +6,8 @@ import torch
 
 import golddiff as gd
 from conftest import noisy, toy_arrays
-from golddiff.denoise import scan, whole
+from golddiff import scan
+from golddiff.denoise import whole
 
 LEVELS = [0.05, 0.3, 1.0, 3.0, 30.0, 1e4]
 

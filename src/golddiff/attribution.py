@@ -71,7 +71,7 @@ def attribute(bank: Bank, posterior: Posterior, b: int = 0, region: object = Non
     The last posterior of a trajectory is that of the generated image itself, since samples are posterior means.
 
     Arguments:
-        bank: the bank of the denoiser.
+        bank: the bank of the denoiser, or the one that it is a view of.
         posterior: what the denoiser returned.
         b: which image of the batch.
         region: None for the whole image, a box `(top, left, bottom, right)` in pixels (the last two exclusive), a
@@ -80,6 +80,8 @@ def attribute(bank: Bank, posterior: Posterior, b: int = 0, region: object = Non
     Raises:
         GolddiffError: a denoiser without weights of rows, or a region that is none.
     """
+    if posterior.bank is not None and posterior.bank.meta["fingerprint"] != bank.meta["fingerprint"]:
+        raise GolddiffError("this posterior is over another bank: give the bank of its denoiser")
     pixels = pixels_of(region, bank.shape).to(posterior.mean.device)
     shares = torch.zeros(len(bank.pixels), dtype=torch.float64, device=pixels.device)
     image = torch.full((bank.D,), torch.nan, dtype=torch.float64, device=pixels.device)

@@ -102,7 +102,7 @@ class Bank:
         self.scale, self.offset = (1 / 127.5, -1.0) if self.is_uint8 else (1.0, 0.0)
         self.pooling = Pooling(self.shape)
         self.bytes_read = 0
-        self._derived = Derived(path / DERIVED if path else None, self.fingerprint)
+        self._derived = self._of_rows = Derived(path / DERIVED if path else None, self.fingerprint)
         self._rows: dict[int, Tensor] = {}
         self.removed = torch.empty(0, dtype=torch.int64, device=self.device)
         self._whole: Bank | None = None
@@ -341,11 +341,11 @@ class Bank:
         return moved
 
     def without(
-        self, rows: Sequence[int] | Tensor = (), labels: Sequence[int] = (), *, statistics: str = "recompute"
+        self, rows: Sequence[int] | Tensor = (), labels: int | Sequence[int] = (), *, statistics: str = "recompute"
     ) -> Bank:
         """This bank without some images: the same files, and the same numbers for the rows that stay.
 
-        A denoiser of it is that of a bank built without these images, and draws the same rows of those that stay.
+        A denoiser of it is that of a bank built without these images; rows that stay draw the same lots.
 
         Arguments:
             rows: numbers of images. labels: classes.
@@ -359,18 +359,24 @@ class Bank:
             raise unknown("statistics", statistics, ("recompute", "keep"))
         whole = self._whole or self
         gone = [self.removed, whole._checked_rows(rows)]
-        gone += [there for label in labels if (there := whole.rows_of(label)) is not None]
+        for label in [labels] if isinstance(labels, int) else labels:
+            there = whole.rows_of(label)
+            if there is None:
+                raise GolddiffError(f"label {label} stands for all images: give a class")
+            gone.append(there)
         removed = torch.cat(gone).unique()
+        if len(removed) == 0:
+            return whole
         if len(removed) == len(whole.pixels):
             raise GolddiffError("no image is left: remove fewer")
         view = copy.copy(whole)
         view.removed, view._whole, view._own_statistics = removed, whole, statistics == "recompute"
         view.path, view._rows = None, {}
-        if len(removed):
-            said = f"{whole.fingerprint} without {removed.tolist()}, {statistics}"
-            view.fingerprint = hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+        said = f"{whole.fingerprint} without {removed.tolist()}, {statistics}"
+        view.fingerprint = hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+        view._of_rows = Derived(None, view.fingerprint)
         if view._own_statistics:
-            view._derived = Derived(None, view.fingerprint)
+            view._derived = view._of_rows
         return view
 
     def _checked_rows(self, rows: Sequence[int] | Tensor) -> Tensor:
@@ -495,6 +501,13 @@ class Bank:
         measure = kernels.distances_in(kind)
         return torch.from_numpy(measure(self.pixels.flatten(1).numpy(), shifted, kind(float(s)), rows.numpy()))
 
+    @property
+    def has_eigenbasis(self) -> bool:
+        """Whether `spectrum()` is an eigenbasis."""
+        if self._whole is not None and not self._own_statistics:
+            return self._whole.has_eigenbasis
+        return min(self.D, len(self), STATISTICS_ROWS) <= LARGEST_EIGENBASIS
+
     def spectrum(self, label: int | None = None) -> Statistics:
         """Mean and covariance of all rows, or of a class; computed once and kept in the bank.
 
@@ -545,9 +558,15 @@ class Bank:
         largest = float(torch.maximum(centre, 255 - centre).max()) if self.is_uint8 else None
         return Rows(blocks, count, centre, self.scale, self.offset, largest)
 
-    def keep(self, name: str, compute: Callable[[], dict[str, Tensor]], remember: bool = True) -> dict[str, Tensor]:
-        """Tensors derived from this bank, see `Derived.get`."""
-        return self._derived.get(name, compute, remember)
+    def keep(
+        self, name: str, compute: Callable[[], dict[str, Tensor]], remember: bool = True, *, of_rows: bool = False
+    ) -> dict[str, Tensor]:
+        """Tensors derived from this bank, see `Derived.get`.
+
+        Arguments:
+            of_rows: they depend on which rows are there, so a view does not share them even if it keeps statistics.
+        """
+        return (self._of_rows if of_rows else self._derived).get(name, compute, remember)
 
 
 def _check_free(out: Path, force: bool) -> None:

@@ -12,7 +12,7 @@ from .errors import GolddiffError
 from .golden import PADDING, Subset, Support, checked_tol
 from .locality import Locality, WholeImage
 from .noise import Noise
-from .spectrum import LARGEST_EIGENBASIS, Spectrum
+from .spectrum import Spectrum
 
 __all__ = ["CertifiedSubset"]
 
@@ -112,7 +112,7 @@ class CertifiedSubset(Subset):
         if self._projection is None:
             bank, device = self.bank, self.bank.device
             lengths = bank.norms.sqrt()
-            if min(bank.D, len(bank)) > LARGEST_EIGENBASIS:
+            if not bank.has_eigenbasis:
                 basis, coordinates = None, bank.proxy
             else:
                 statistics = bank.spectrum()

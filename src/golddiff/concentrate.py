@@ -61,6 +61,8 @@ def concentrate(
         GolddiffError: a bank of fewer than 2 images, or `out` is a file.
     """
     out = Path(out)
+    if len(bank.removed):
+        raise GolddiffError("concentrate looks at whole banks: give the bank that images were removed from")
     if len(bank) < 2:
         raise GolddiffError("a bank of one image has nothing to concentrate: give a larger bank")
     if min(count, pixels) < 1:
@@ -69,8 +71,6 @@ def concentrate(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise GolddiffError(f"{out} cannot be made ({error.strerror}): choose another --out") from error
-    if len(bank.removed):
-        raise GolddiffError("concentrate looks at whole banks: give the bank that images were removed from")
     rows = torch.linspace(0, len(bank) - 1, min(count, len(bank))).long()
     x = bank.images(rows.to(bank.device)) if images is None else images[:count].to(bank.device)
     left_out = rows if images is None else None

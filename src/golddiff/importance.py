@@ -160,7 +160,8 @@ class LocalSubset(Subset):
             ess = 1 / weights.square().sum(-1)
             return {"share": (ess / len(sample)).flatten().quantile(0.1).cpu()}
 
-        return float((self.bank.keep(f"share-{level.name}", measured) if level.name else measured())["share"])
+        kept = self.bank.keep(f"share-{level.name}", measured, of_rows=True) if level.name else measured()
+        return float(kept["share"])
 
     # ---- scoring and drawing -------------------------------------------------------------------------
 

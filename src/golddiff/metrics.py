@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from .bank import Bank
-from .denoise.scan import nearest_images
 from .errors import GolddiffError
 from .files import hash_file
-from .spectrum import LARGEST_EIGENBASIS
+from .scan import nearest_images
 
 __all__ = [
     "Agreement",
@@ -120,7 +119,7 @@ def extractor(name: str, bank: Bank) -> Extractor:
     if name == "pixels":
         return lambda images: images.double().flatten(1)
     if name == "pca":
-        if min(bank.D, len(bank)) > LARGEST_EIGENBASIS:
+        if not bank.has_eigenbasis:
             raise GolddiffError("images of this size have no eigenbasis: use --features pixels, or a TorchScript file")
         statistics: Any = bank.spectrum()
         basis, mean = statistics.eigenvectors[:, -COMPONENTS:], statistics.mean
@@ -160,7 +159,7 @@ def reference_features(bank: Bank, name: str) -> Tensor:
 
     if name in ("pixels", "pca"):
         return compute()["features"]
-    return bank.keep(f"features-{hash_file(Path(name))}", compute, remember=False)["features"]
+    return bank.keep(f"features-{hash_file(Path(name))}", compute, remember=False, of_rows=True)["features"]
 
 
 def evaluate(images: Tensor, bank: Bank, features: str = "pca") -> dict[str, Any]:

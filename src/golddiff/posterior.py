@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .bank import Bank
 from .errors import GolddiffError
 from .golden import Support, hashed
 from .noise import Noise
@@ -31,6 +32,11 @@ class Sources:
     This one knows nothing, and says what to use instead. Pixels are flat indices `(P,)`, None for all.
     """
 
+    @property
+    def rows_of(self) -> Bank | None:
+        """Whose rows they are, if there are any."""
+        return None
+
     def weights(self, b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Rows `(K,)`, and weights `(K,)` for whole images or `(K, P)` for local denoisers."""
         raise GolddiffError(
@@ -39,7 +45,7 @@ class Sources:
         )
 
     def pieces(self, b: int, pixels: Tensor | None) -> Iterator[Piece]:
-        """The same in pieces; together they hold each pixel once."""
+        """The same in pieces; together they hold each of the pixels, which are given, once."""
         rows, weights = self.weights(b, pixels)
         if weights.ndim == 2:
             yield Piece(torch.arange(weights.shape[1], device=rows.device) if pixels is None else pixels, rows, weights)
@@ -102,8 +108,14 @@ class Posterior:
         """
         return self._sources.weights(self._checked(b), None if pixels is None else self._flat(pixels))
 
+    @property
+    def bank(self) -> Bank | None:
+        """The bank whose rows the weights are of; None where there are none."""
+        return self._sources.rows_of
+
     def pieces(self, b: int, pixels: Tensor | list[int] | None = None) -> Iterator[Piece]:
-        """The same in pieces of bounded size, whatever the kind of denoiser: together they hold each pixel once.
+        """The same in pieces, whatever the kind of denoiser: together they hold each pixel once. With masks and windows
+        their size is bounded.
 
         Arguments:
             b, pixels: as in `weights`.
@@ -180,7 +192,7 @@ class Posterior:
             return torch.arange(count, device=self.x_t.device)
         flat = torch.as_tensor(pixels)
         whole = flat.ndim == 1 and not (flat.is_floating_point() or flat.is_complex() or flat.dtype == torch.bool)
-        if not (whole or flat.numel() == 0) or bool(((flat < 0) | (flat >= count)).any()):
+        if not whole or flat.numel() == 0 or bool(((flat < 0) | (flat >= count)).any()):
             raise GolddiffError(f"pixels must be a list of flat indices from 0 to {count - 1}")
         return flat.long().to(self.x_t.device)
 
@@ -252,6 +264,10 @@ class _Merged(Sources):
 
     def __init__(self, parts: list[Sources], home: dict[int, tuple[int, int]]) -> None:
         self._parts, self._home = parts, home
+
+    @property
+    def rows_of(self) -> Bank | None:
+        return self._parts[0].rows_of
 
     def _of(self, b: int) -> tuple[Sources, int]:
         part, number = self._home[b]

@@ -69,6 +69,8 @@ class Recipe:
         Raises:
             GolddiffError: a value that is unknown, out of range or of the wrong kind.
         """
+        if len(bank.removed):
+            raise GolddiffError("a recipe cannot say which images were removed: give the whole bank")
         chosen = {**DEFAULTS, **settings}
         for key, known in (("method", METHODS), ("schedule", SCHEDULES), ("sampler", SAMPLERS)):
             if not isinstance(chosen[key], str) or chosen[key] not in known:
@@ -226,9 +228,9 @@ def check_fingerprint(bank: Bank, wanted: str | None) -> Bank:
     return bank
 
 
-def parse_seeds(seeds: Any) -> list[int]:
+def parse_seeds(seeds: Any, what: str = "seeds") -> list[int]:
     """`"0-3,8"` or a list -> `[0, 1, 2, 3, 8]`."""
-    wrong = GolddiffError(f"seeds {seeds!r}: write them as 0-15 or 3,7,20-29")
+    wrong = GolddiffError(f"{what} {seeds!r}: write them as 0-15 or 3,7,20-29")
     listed: list[int] = []
     for part in str(seeds).split(",") if isinstance(seeds, str | int) else _items(seeds, wrong):
         first, dash, last = str(part).strip().partition("-")
@@ -238,10 +240,10 @@ def parse_seeds(seeds: Any) -> list[int]:
         if high < low:
             raise wrong
         if high - low >= 10**7 or high >= 2**63:
-            raise GolddiffError(f"seeds {seeds!r} are too many or too large: at most 10 million, under 2^63")
+            raise GolddiffError(f"{what} {seeds!r} are too many or too large: at most 10 million, under 2^63")
         listed.extend(range(low, high + 1))
     if not listed or len(set(listed)) != len(listed):
-        raise GolddiffError(f"seeds {seeds!r} name a seed twice or none: write each once")
+        raise GolddiffError(f"{what} {seeds!r} name a number twice or none: write each once")
     return listed
 
 

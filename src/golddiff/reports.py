@@ -125,7 +125,11 @@ def attribution_report(
 
 
 def _steps(recipe: Recipe, model: Denoiser, seed: int, wanted: Sequence[int]) -> Iterator[Step]:
-    return (s for s in recipe.trajectory(model, [seed]) if s.index + 1 in wanted)
+    for step in recipe.trajectory(model, [seed]):
+        if step.index + 1 in wanted:
+            yield step
+        if step.index + 1 == max(wanted):
+            return
 
 
 def _without(

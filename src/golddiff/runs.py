@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 from .bank import Bank
 from .denoise import Denoiser
-from .denoise.scan import nearest_images
 from .errors import GolddiffError, unknown
 from .files import half_written, replacing, sweep
 from .pictures import grid, save_png, to_uint8
 from .ranks import ALONE, Ranks
 from .recipe import Recipe
 from .sample import Step
+from .scan import nearest_images
 
 __all__ = ["memory_since", "peak_memory", "run"]
 

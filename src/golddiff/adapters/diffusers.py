@@ -88,7 +88,7 @@ class GoldDiffPipeline(DiffusionPipeline):
         """
         bank = self.denoiser.bank
         if self._recipe is None or bank.path is None:
-            raise GolddiffError("only a pipeline from_pretrained over a bank in a folder is saved: build it with out=")
+            raise GolddiffError("only a pipeline over a whole bank in a folder is saved: build it with out=")
         known = {**bank.source, "path": str(bank.path.resolve()), "fingerprint": bank.fingerprint}
         try:
             said = {"bank": known, "method": self._recipe["method"], "options": self.denoiser.options}

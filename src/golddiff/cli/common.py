@@ -154,7 +154,7 @@ def default_out(named: Any, held: Bank, method: str, chosen: dict[str, Any]) -> 
     stored = held.source["name"] if held.source["name"] != "array" else str(held.path)
     name = named if isinstance(named, str) else stored
     usual = {**DEFAULTS, "split": "train"}
-    keys = ("options", "steps", "schedule", "sampler", "labels", "start", *BUILDING)
+    keys = ("options", "steps", "schedule", "sampler", "labels", "start", "attribution", *BUILDING)
     unusual = {key: chosen[key] for key in keys if chosen.get(key) and chosen[key] != usual.get(key)}
     digest = hashlib.blake2b(json.dumps(unusual, sort_keys=True, default=str).encode(), digest_size=3).hexdigest()
     return Path("runs") / (f"{Path(name).resolve().stem}-{method}" + (f"-{digest}" if unusual else ""))

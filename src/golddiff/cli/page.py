@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 import click
@@ -21,4 +23,7 @@ from .common import app, device_of, source_options
 def serve_command(source: str, host: str, port: int, device: str, open_browser: bool, **building: Any) -> None:
     """Serve a page of BANK: trajectories step by step, which training images made a pixel, and the same seed without
     some of them. Needs the extra web."""
-    serve(open_bank(source, **building).to(device_of(device)), host, port, open_browser=open_browser)
+    ended = serve(open_bank(source, **building).to(device_of(device)), host, port, open_browser=open_browser)
+    if not ended:  # nothing of the step that is still being computed would be kept
+        sys.stderr.flush()
+        os._exit(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,14 @@ def attribute_command(source: str | None, options: tuple[str, ...], **given: Any
     settings["seeds"] = parse_seeds(settings.get("seeds", [0]))[:1]
     recipe, model = Recipe.resolve(held.to(device_of(given["device"])), settings)
     removal = Removal(
-        parse_seeds(given["remove"]) if given["remove"] else (),
+        parse_seeds(given["remove"], "rows") if given["remove"] else (),
         parse_labels(given["remove_label"], held),
         given["remove_top"],
         given["statistics"],
     )
     seed = recipe.seeds[0]
+    asked = {"step": given["step"], "region": given["region"], "removal": asdict(removal) if removal else None}
+    settings["attribution"] = asked if any(asked.values()) else None
     out = given["out"] or Path(f"{default_out(source or stated, held, recipe.method, settings)}-attribute-{seed}")
     found = attribution_report(
         recipe, model, out, step=given["step"], region=_box(given["region"]), top=given["top"], removal=removal
@@ -93,12 +96,12 @@ def attribute_command(source: str | None, options: tuple[str, ...], **given: Any
         click.echo(
             f"without {count} images the same seed differs by {change:.4f} (root mean square of a pixel, range 2)"
         )
-    _say_where(out)
+    _say_where(out, "sources.csv")
 
 
-def _say_where(out: Path) -> None:
+def _say_where(out: Path, table: str) -> None:
     drawn = (out / "panel.png").exists()
-    click.echo(f"in {out}: look at {out / ('panel.png' if drawn else 'sources.csv')}")
+    click.echo(f"in {out}: look at {out / ('panel.png' if drawn else table)}")
 
 
 def _box(text: str | None) -> tuple[int, int, int, int] | None:
@@ -117,7 +120,7 @@ def _box(text: str | None) -> tuple[int, int, int, int] | None:
 @click.option("--size", type=int, metavar="N", help="Bring SAMPLES to N x N first, as bank build does.")
 @click.option("--layout", type=Name("layout", ("NHWC", "NCHW", "NHW")), help="Axes of an array, if unclear.")
 @click.option("--limit", type=int, metavar="N", help="Take the first N samples only.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder.  [default: runs/SAMPLES-audit]")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder.  [default: runs/SAMPLES-audit-BANK]")
 def audit_command(
     samples: str, source: str, size: int | None, layout: str | None, limit: int | None, out: Path | None
 ) -> None:
@@ -129,8 +132,8 @@ def audit_command(
     """
     held = open_bank(source)
     images = samples_of(samples, size=size, layout=layout, limit=limit)
-    out = out or Path("runs") / f"{Path(samples).resolve().stem}-audit"
+    out = out or Path("runs") / f"{Path(samples).resolve().stem}-audit-{Path(source).resolve().stem}"
     found = audit_report(held, images, in_range_of(held, images), out)
     click.echo(f"{found['copies']} of {found['images']} images are copies of one of {len(held)} bank images")
     click.echo(f"d1 {found['mean_d1']:.4f}, d1/d2 {found['mean_ratio']:.3f} on average")
-    click.echo(f"in {out}: look at {out / 'panel.png'}")
+    _say_where(out, "audit.csv")

@@ -155,7 +155,7 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_t: Tensor, denoiser: Denoiser, noise: Noise, label: Any, seed: Any) -> Tensor:
         ctx.posterior = denoiser(x_t.detach(), noise, label, seed=seed)
-        return ctx.posterior.mean
+        return ctx.posterior.mean.clone()  # the context must not hold what it returns
 
     @staticmethod
     @once_differentiable

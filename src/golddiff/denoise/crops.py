@@ -67,7 +67,7 @@ class CropDenoiser(Denoiser):
             support=support,
             x_t=x_t,
             noise=noise,
-            _sources=Weighed(weigh),
+            _sources=Weighed(self.bank, weigh),
         )
 
     def _of_one(

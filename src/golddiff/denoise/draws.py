@@ -75,7 +75,7 @@ class Smoothed(Denoiser):
             support=support,
             x_t=x_t,
             noise=noise,
-            _sources=Weighed(weigh),
+            _sources=Weighed(self.bank, weigh),
         )
 
 
@@ -122,7 +122,7 @@ class NeighbourProposals(Denoiser):
             support=Support(kept, None, None, count, shared=False),
             x_t=x_t,
             noise=noise,
-            _sources=Weighed(lambda b, pixels: drawn[b]),
+            _sources=Weighed(self.bank, lambda b, pixels: drawn[b]),
         )
 
     def _draw(self, q: Tensor, s: Tensor, rows: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

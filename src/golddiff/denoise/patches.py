@@ -86,7 +86,7 @@ class PatchDenoiser(Denoiser):
             support=Support(rows, None, None, count, shared=True),
             x_t=x_t,
             noise=noise,
-            _sources=Weighed(scan.weigh),
+            _sources=Weighed(self.bank, scan.weigh),
         )
 
 

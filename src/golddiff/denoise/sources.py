@@ -26,8 +26,12 @@ Columns = Callable[[Tensor], tuple[Tensor, Tensor]]
 class Weighed(Sources):
     """Weights by a function of image and pixels, and nothing else."""
 
-    def __init__(self, weigh: Weigh) -> None:
-        self._weigh = weigh
+    def __init__(self, bank: Bank, weigh: Weigh) -> None:
+        self.bank, self._weigh = bank, weigh
+
+    @property
+    def rows_of(self) -> Bank:
+        return self.bank
 
     def weights(self, b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
         return self._weigh(b, pixels)
@@ -35,10 +39,6 @@ class Weighed(Sources):
 
 class WholeRows(Weighed):
     """One weight for each row; the weights follow `exp(-|x_t - alpha x_i|^2 / (2 sigma^2))`."""
-
-    def __init__(self, bank: Bank, weigh: Weigh) -> None:
-        super().__init__(weigh)
-        self.bank = bank
 
     def spread(self, b: int, v: Tensor, transposed: bool) -> Tensor:
         rows, weights = self.weights(b, None)
@@ -65,8 +65,11 @@ class MaskedRows(Sources):
         self, bank: Bank, q: Tensor, s: Tensor, columns: Columns, support: Support, legacy_batch: int | None
     ) -> None:
         self.bank, self.q, self.s, self.support = bank, q, s, support
-        self._columns = columns
-        self.legacy_batch = legacy_batch
+        self._columns, self.legacy_batch = columns, legacy_batch
+
+    @property
+    def rows_of(self) -> Bank:
+        return self.bank
 
     def weights(self, b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
         wanted = self._wanted(pixels)
@@ -125,7 +128,8 @@ class MaskedRows(Sources):
         tiles = self._tiles(wanted)
         for tile in tiles.unique().tolist():
             rows, log_q = self.support.rows_of(b, tile), self.support.log_q_of(b, tile)
-            for where in (tiles == tile).nonzero()[:, 0].split(max(1, WEIGHTS_AT_ONCE // len(rows))):
+            together = max(1, WEIGHTS_AT_ONCE // max(len(rows), self.bank.D))
+            for where in (tiles == tile).nonzero()[:, 0].split(together):
                 yield where, rows, self._weights_of(b, rows, log_q.double(), wanted[where])
 
     def _mask(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ from ..golden import Everything, Subset, Support, nearest_rows
 from ..locality import WholeImage
 from ..noise import Noise
 from ..posterior import Posterior, Sources, softmax_of_rows
+from ..scan import LOGITS_AT_ONCE, scan_of
 from .base import Denoiser
-from .scan import LOGITS_AT_ONCE, scan_of
 from .sources import WholeRows
 
 __all__ = ["Nearest", "Optimal"]

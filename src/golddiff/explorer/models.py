@@ -48,7 +48,7 @@ class Without(Strict):
     """
 
     rows: list[Row] = Field(default=[], max_length=MOST_REMOVED)
-    labels: list[Label] = Field(default=[], max_length=MOST_REMOVED)
+    labels: list[Row] = Field(default=[], max_length=MOST_REMOVED)
     statistics: Literal["recompute", "keep"] = "recompute"
 
 

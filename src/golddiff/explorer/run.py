@@ -87,7 +87,7 @@ class Run:
             [chosen.seed],
             steps=chosen.steps,
             schedule=schedule_named(chosen.schedule),
-            sampler=sampler_named(chosen.sampler),
+            sampler=sampler_named(chosen.sampler, clip=not self.stock.whole.is_latent),
             labels=chosen.label,
         ):
             yield step, perf_counter() - began
@@ -149,6 +149,8 @@ class Run:
                 self._sources[index, every] = found
 
         def end(ending: Ending, error: Exception | None) -> None:
+            if answer.cancelled():  # who asked has gone
+                return
             if error is not None:
                 answer.set_exception(error)
             else:
@@ -157,9 +159,9 @@ class Run:
         if (index, every) in self._sources:
             end("finished", None)
             return answer
-        if self._asking is not None:
-            self._asking.cancel()
-        self._asking = worker.start(self._image(index, every), item, end)
+        before, self._asking = self._asking, worker.start(self._image(index, every), item, end)
+        if before is not None:
+            before.cancel()
         return answer
 
     def _image(self, index: int, every: bool) -> Iterator[Sources | None]:

@@ -128,7 +128,8 @@ class Explorer:
 
 def classes_of(bank: Bank) -> list[ClassInfo]:
     """The classes of a bank, with how many rows each has."""
-    labels, counts = bank.labels[bank.labels >= 0].unique(return_counts=True)
+    own = bank.labels[bank.rows]
+    labels, counts = own[own >= 0].unique(return_counts=True)
     names = bank.classes
     return [
         ClassInfo(label=label, name=names[label] if label < len(names) else str(label), rows=count)

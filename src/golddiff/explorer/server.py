@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-import sys
 import webbrowser
 from types import FrameType
 from typing import Any
@@ -19,8 +18,10 @@ __all__ = ["serve"]
 PATIENCE = 0.2  # seconds that the step under way has to end
 
 
-def serve(bank: Bank, host: str = "127.0.0.1", port: int = 8765, *, open_browser: bool = False) -> None:
-    """Serves the explorer of a bank until it is interrupted.
+def serve(bank: Bank, host: str = "127.0.0.1", port: int = 8765, *, open_browser: bool = False) -> bool:
+    """Serves the explorer of a bank until it is interrupted; whether all work has ended then.
+
+    A step that is being computed cannot be interrupted: it goes on in its thread.
 
     Arguments:
         host: an address of this machine. Any but loopback can be reached by others, who then need the token that is
@@ -38,10 +39,10 @@ def serve(bank: Bank, host: str = "127.0.0.1", port: int = 8765, *, open_browser
         from .web import application
     except ImportError as error:
         raise GolddiffError("the explorer needs the extra web: pip install 'golddiff[web]'") from error
+    explorer = Explorer(bank)
     listening = _bound(host, port)
     token = None if is_loopback(host) else secrets.token_urlsafe(24)
     address = _address(host, listening.getsockname()[1], token)
-    explorer = Explorer(bank)
 
     class Server(uvicorn.Server):
         """Ends streams at the first Ctrl-C: it stops the worker, whose feeds then say that they are over."""
@@ -71,15 +72,8 @@ def serve(bank: Bank, host: str = "127.0.0.1", port: int = 8765, *, open_browser
         pass
     finally:
         listening.close()
-    _leave(explorer.worker.stop(PATIENCE))
-
-
-def _leave(ended: bool) -> None:
-    """Leaves at once if a long step is still being computed: nothing of it would be kept."""
     print("golddiff: stopped", flush=True)
-    if not ended:
-        sys.stderr.flush()
-        os._exit(0)
+    return explorer.worker.stop(PATIENCE)
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -19,7 +19,6 @@ __all__ = ["Stock", "options_of"]
 VIEWS = 4
 DENOISERS = 6
 POSTERIORS = 64
-MASK_NUMBERS = 2**28  # a posterior that was asked may hold a mask of D^2 numbers: so many in all
 
 
 class Stock:
@@ -29,7 +28,7 @@ class Stock:
         self.whole = bank
         self._views = Recent(VIEWS)
         self._denoisers = Recent(DENOISERS)
-        self._posteriors = Recent(max(2, min(POSTERIORS, MASK_NUMBERS // bank.D**2)))
+        self._posteriors = Recent(POSTERIORS)
 
     def bank(self, left_out: Without | None) -> Bank:
         """The bank, or a view of it without some images."""

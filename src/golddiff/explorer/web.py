@@ -63,6 +63,7 @@ RETRIEVALS = {
     "ls": ["full", "local", "reference", "paper"],
 }
 WITHOUT_WEIGHTS = ("wiener", *PATCHES)
+STOPPING = "the server is stopping: start it again"
 NOT_FOUND = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Not found: golddiff</title>
 <meta name="viewport" content="width=device-width"><link rel="stylesheet" href="/page/style.css">
 <main class="lost"><h1>There is nothing at this address</h1>
@@ -96,7 +97,7 @@ def application(explorer: Explorer, token: str | None = None) -> FastAPI:
     """
     app = FastAPI(title="golddiff explorer", version=_version(), docs_url=None, redoc_url=None)
     app.add_middleware(Guard, token=token)
-    _say_what_is_wrong(app)
+    _say_what_is_wrong(app, explorer)
     _add_page(app)
     _add_bank(app, explorer)
     _add_runs(app, explorer)
@@ -116,11 +117,11 @@ async def _asked(explorer: Explorer, question: Callable[[], Any]) -> Any:
         return await asyncio.wrap_future(explorer.worker.ask(question))
     except asyncio.CancelledError:
         if explorer.worker.stopped:
-            raise HTTPException(503, "the server is stopping: start it again") from None
+            raise HTTPException(503, STOPPING) from None
         raise
 
 
-def _say_what_is_wrong(app: FastAPI) -> None:
+def _say_what_is_wrong(app: FastAPI, explorer: Explorer) -> None:
     """Every refusal is one sentence under `detail`."""
 
     @app.exception_handler(GolddiffError)
@@ -133,6 +134,8 @@ def _say_what_is_wrong(app: FastAPI) -> None:
 
     @app.exception_handler(Busy)
     async def busy(request: Request, error: Busy) -> Response:
+        if explorer.worker.stopped:
+            return JSONResponse({"detail": STOPPING}, 503)
         return JSONResponse({"detail": "too many runs are under way: wait for one to end"}, 429, {"Retry-After": "5"})
 
     @app.exception_handler(RequestValidationError)
@@ -186,8 +189,8 @@ def _add_bank(app: FastAPI, explorer: Explorer) -> None:
     )
     def thumb(row: Row) -> Response:
         """A training image, small."""
-        if row >= len(bank):
-            raise HTTPException(404, f"there is no row {row}: this bank has {len(bank)}, counted from 0")
+        if row >= len(bank.pixels):
+            raise HTTPException(404, f"there is no row {row}: this bank has {len(bank.pixels)}, counted from 0")
         headers = {"Cache-Control": "private, max-age=86400"}
         return Response(explorer.screen.thumb(row), media_type="image/png", headers=headers)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -47,7 +48,10 @@ class Task:
             error = raised
         with suppress(Exception):
             self.work.close()  # type: ignore[attr-defined]  # a generator frees what it holds
-        self.on_end("failed" if error else "cancelled" if self.cancelled else "finished", error)
+        try:
+            self.on_end("failed" if error else "cancelled" if self.cancelled else "finished", error)
+        except Exception:  # nothing may end the one thread that computes
+            logging.getLogger(__name__).exception("the end of a task failed")
         return False
 
 

@@ -7,9 +7,10 @@ import abc
 import torch
 from torch import Tensor
 
-from ..bank import BLOCK_NUMBERS, Bank
-from ..golden import rounding, smallest
-from ..noise import Noise
+from .bank import BLOCK_NUMBERS, Bank
+from .errors import GolddiffError
+from .golden import rounding, smallest
+from .noise import Noise
 
 __all__ = ["Scan", "nearest_images", "scan_of"]
 
@@ -165,6 +166,10 @@ def nearest_images(bank: Bank, images: Tensor, count: int) -> tuple[Tensor, Tens
         rows `(n, count)`, nearest first, and the root mean square difference of a pixel (range 0 to 2), float64; on the
         CPU.
     """
+    if len(images) == 0:
+        raise GolddiffError("there are no images to look for: give at least one")
+    if tuple(images.shape[1:]) != bank.shape:
+        raise GolddiffError(f"images of {tuple(images.shape[1:])} beside a bank of {bank.shape}: give the same shape")
     rows, found = bank.rows, []
     for some in images.split(max(1, LOGITS_AT_ONCE // len(rows))):
         q, s = bank.query(some.to(bank.device, torch.float32), Noise(1.0, 1.0))
