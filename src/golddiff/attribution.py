@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .bank import Bank
 from .errors import GolddiffError
-from .posterior import Posterior
+from .posterior import Piece, Posterior
 
-__all__ = ["Attribution", "attribute", "pixels_of"]
+__all__ = ["Attribution", "Tally", "attribute", "pixels_of"]
 
 NOBODY = -1
 NUMBERS = 2**23  # weights times pixels that are summed at once
@@ -83,32 +83,57 @@ def attribute(bank: Bank, posterior: Posterior, b: int = 0, region: object = Non
     if posterior.bank is not None and posterior.bank.meta["fingerprint"] != bank.meta["fingerprint"]:
         raise GolddiffError("this posterior is over another bank: give the bank of its denoiser")
     pixels = pixels_of(region, bank.shape).to(posterior.mean.device)
-    shares = torch.zeros(len(bank.pixels), dtype=torch.float64, device=pixels.device)
     image = torch.full((bank.D,), torch.nan, dtype=torch.float64, device=pixels.device)
-    source = torch.full((bank.D,), NOBODY, device=pixels.device)
-    heaviest = torch.zeros(bank.D, dtype=torch.float64, device=pixels.device)
-    for where, rows, weights in posterior.pieces(b, pixels):
-        if rows.ndim > 1:
+    tally = Tally(bank)
+    for piece in posterior.pieces(b, pixels):
+        if piece.rows.ndim > 1:
             raise GolddiffError(
                 "els and bbels take patches from other places, so their sources are no rows: ask "
                 "posterior.weights(b, [pixel]), or use ls"
             )
-        shares[rows] += weights.sum(1).double()
-        largest = weights.max(0)
-        source[where], heaviest[where] = rows[largest.indices], largest.values.double()
-        image[where] = _weighted_sum(bank, where, rows, weights)
-    order = shares.argsort(descending=True, stable=True)[: int((shares > 0).sum())]
+        tally.add(piece)
+        image[piece.pixels] = _weighted_sum(bank, *piece)
+    rows, shares = tally.ordered()
     return Attribution(
-        rows=order,
-        shares=shares[order] / len(pixels),
+        rows=rows,
+        shares=shares,
         pixels=pixels,
-        source=source.unflatten(0, bank.shape),
-        source_weight=heaviest.unflatten(0, bank.shape),
+        source=tally.source.unflatten(0, bank.shape),
+        source_weight=tally.heaviest.unflatten(0, bank.shape),
         image=image.unflatten(0, bank.shape),
         bank=bank,
         posterior=posterior,
         b=b,
     )
+
+
+class Tally:
+    """Adds up the weights of pixels, piece by piece.
+
+    Attributes:
+        totals: the weights of each row of the bank over all pixels so far, `(N,)` float64. count: of these pixels.
+        source, heaviest: at each pixel the row of the largest weight, and that weight, `(D,)`; -1 and 0 where none
+            were added.
+    """
+
+    def __init__(self, bank: Bank) -> None:
+        self.totals = torch.zeros(len(bank.pixels), dtype=torch.float64, device=bank.device)
+        self.source = torch.full((bank.D,), NOBODY, device=bank.device)
+        self.heaviest = torch.zeros(bank.D, dtype=torch.float64, device=bank.device)
+        self.count = 0
+
+    def add(self, piece: Piece, everywhere: bool = False) -> None:
+        """Adds a piece; with `everywhere` its one pixel stands for all, which have the same weights."""
+        where: Tensor | slice = slice(None) if everywhere else piece.pixels
+        self.totals[piece.rows] += piece.weights.sum(1).double()
+        largest = piece.weights.max(0)
+        self.source[where], self.heaviest[where] = piece.rows[largest.indices], largest.values.double()
+        self.count += len(piece.pixels)
+
+    def ordered(self) -> tuple[Tensor, Tensor]:
+        """Rows of any weight, the largest share first, and their shares, `(K,)` each."""
+        rows = self.totals.argsort(descending=True, stable=True)[: int((self.totals > 0).sum())]
+        return rows, self.totals[rows] / max(1, self.count)
 
 
 def _weighted_sum(bank: Bank, pixels: Tensor, rows: Tensor, weights: Tensor) -> Tensor:

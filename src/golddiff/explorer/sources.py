@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attribution import attribute
+from ..attribution import Tally, attribute
 from ..bank import Bank
 from ..posterior import Posterior
 from .models import Source, Sources
@@ -29,53 +29,44 @@ COLOURS = (
 """Okabe and Ito's colours, which people of any colour vision tell apart, and a few more."""
 
 
-class Tally:
-    """Adds up the weights of pixels: how much each row has in all, and which has most at each pixel."""
+class Answering:
+    """Adds up the weights of pixels to an answer."""
 
     def __init__(self, bank: Bank, posterior: Posterior) -> None:
-        self.bank, self.posterior = bank, posterior
+        self.bank, self.posterior, self.tally = bank, posterior, Tally(bank)
         self.whole = posterior.log_evidence.ndim == 1  # all pixels have the same weights
-        self.shares = torch.zeros(len(bank.pixels), dtype=torch.float64, device=bank.device)
-        self.source = torch.full((bank.D,), -1, device=bank.device)
-        self.heaviest = torch.zeros(bank.D, dtype=torch.float64, device=bank.device)
-        self.count = 0
 
     def add(self, chosen: Tensor) -> None:
         """Adds the weights of some more pixels, flat indices in all channels."""
-        for pixels, rows, weights in self.posterior.pieces(0, chosen[:1] if self.whole else chosen):
-            self.shares[rows] += weights.sum(1).double()
-            largest = weights.max(0)
-            where = slice(None) if self.whole else pixels
-            self.heaviest[where], self.source[where] = largest.values.double(), rows[largest.indices]
-            self.count += len(pixels)
+        for piece in self.posterior.pieces(0, chosen[:1] if self.whole else chosen):
+            self.tally.add(piece, everywhere=self.whole)
 
     def answer(self, of: int) -> Sources:
         """The rows with the largest shares, of a region of so many pixels."""
-        shares = self.shares / max(1, self.count)
-        order = shares.argsort(descending=True, stable=True)[:LISTED]
-        rows = [self.listed(row, shares) for row in order.tolist() if shares[row] > 0]
+        found, shares = self.tally.ordered()
+        rows = [self.listed(row, share) for row, share in zip(found[:LISTED].tolist(), shares.tolist(), strict=False)]
         return Sources(
             rows=rows,
-            total=int((shares > 0).sum()),
+            total=len(found),
             coverage=math.fsum(source.share for source in rows),
-            pixels=of if self.whole else self.count // self.bank.shape[0],
+            pixels=of if self.whole else self.tally.count // self.bank.shape[0],
             of=of,
         )
 
-    def listed(self, row: int, shares: Tensor) -> Source:
-        return Source(row=row, label=int(self.bank.labels[row]), share=float(shares[row]))
+    def listed(self, row: int, share: float) -> Source:
+        return Source(row=row, label=int(self.bank.labels[row]), share=share)
 
     def paint(self, answer: Sources) -> None:
         """Puts the source map into an answer, and the rows that dominate much of it."""
-        best = self.heaviest.reshape(self.bank.shape).argmax(0, keepdim=True)
-        source = self.source.reshape(self.bank.shape).gather(0, best)[0].cpu().numpy()
+        best = self.tally.heaviest.reshape(self.bank.shape).argmax(0, keepdim=True)
+        source = self.tally.source.reshape(self.bank.shape).gather(0, best)[0].cpu().numpy()
         rows, counts = np.unique(source, return_counts=True)
         areas = dict(zip(rows.tolist(), (counts / source.size).tolist(), strict=True))
         known = {listed.row: listed for listed in answer.rows}
         picture = np.repeat(OTHER + source[:, :, None] * 37 % SHADES, 3, 2).astype(np.uint8)
         for row, colour in zip(rows[np.lexsort((rows, -counts))].tolist(), COLOURS, strict=False):
             if row not in known:
-                known[row] = self.listed(row, self.shares / self.count)
+                known[row] = self.listed(row, float(self.tally.totals[row]) / self.tally.count)
             known[row].colour = "#{:02x}{:02x}{:02x}".format(*colour)
             picture[source == row] = colour
         answer.rows = sorted(known.values(), key=lambda listed: -listed.share)
@@ -102,17 +93,17 @@ def image_of(bank: Bank, posterior: Posterior, every: bool) -> Iterator[Sources 
     Arguments:
         every: of all pixels, with a map; otherwise of as many as do not take long.
     """
-    tally = Tally(bank, posterior)
+    answering = Answering(bank, posterior)
     parts = parts_of(posterior, bank, TURN)
     if not every:
         few = max(1, int(FEW / max(products_of(posterior, bank, len(part)) for part in parts)))
         parts = parts[:: math.ceil(len(parts) / few)]
     for part in parts:
-        tally.add(part)
+        answering.add(part)
         yield None
-    answer = tally.answer(bank.shape[1] * bank.shape[2])
+    answer = answering.answer(bank.shape[1] * bank.shape[2])
     if every:
-        tally.paint(answer)
+        answering.paint(answer)
     yield answer
 
 
