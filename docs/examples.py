@@ -78,11 +78,12 @@ def run(page: Path) -> None:
 
 
 def alike(a: str, b: str) -> bool:
-    """The same words, and nearly the same numbers."""
+    """The same words and whole numbers, and nearly the same other numbers."""
 
     def same(x: str, y: str) -> bool:
         try:
-            return math.isclose(float(x), float(y), rel_tol=CLOSE)
+            whole = x.isdecimal() or y.isdecimal()
+            return x == y if whole else math.isclose(float(x), float(y), rel_tol=CLOSE)
         except ValueError:
             return x == y
 

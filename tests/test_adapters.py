@@ -214,7 +214,7 @@ def test_a_pipeline_stays_float32(toy):
 
 
 def test_a_pipeline_that_cannot_be_saved(toy, tmp_path):
-    with pytest.raises(gd.GolddiffError, match="over a bank in a folder"):
+    with pytest.raises(gd.GolddiffError, match="over a whole bank in a folder"):
         GoldDiffPipeline.from_pretrained(toy).save_pretrained(tmp_path)
 
 

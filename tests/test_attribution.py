@@ -3,15 +3,18 @@
 import csv
 import gc
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import golddiff as gd
 from conftest import noisy, toy_arrays
 from golddiff import bank as bank_module
 from golddiff import importance, scan
+from golddiff.metrics import copies
 from golddiff.recipe import Recipe
 from test_cli import call
 
@@ -239,13 +242,17 @@ def test_classes_views_of_views_and_bad_requests(toy):
     assert len(toy) == 60, "the bank itself has all of its rows"
     with pytest.raises(gd.GolddiffError, match="no image has label 1: labels here are 0, 2"):
         gd.denoiser("optimal", view)(x_t, noise, 1)
-    for rows in ([60], [-1], [1.5], [True], [[1]]):
+    for rows in ([60], [-1], [1.5], [True], [[1]], "ab", None, ["3"], [2**70]):
         with pytest.raises(gd.GolddiffError, match="rows must be"):
             toy.without(rows)
     assert toy.without(labels=1).removed.tolist() == view.removed.tolist()
     for label in (-1, None):
         with pytest.raises(gd.GolddiffError, match="give a class"):
             toy.without(labels=[label])
+    assert torch.equal(toy.without(labels=toy.labels[:1]).removed, toy.rows_of(int(toy.labels[0])))
+    for labels in ("1", None, [True], ["1"]):
+        with pytest.raises(gd.GolddiffError, match="labels? "):
+            toy.without(labels=labels)
     with pytest.raises(gd.GolddiffError, match="recipe cannot say"):
         Recipe.resolve(view, {})
     with pytest.raises(gd.GolddiffError, match="no image is left"):
@@ -450,6 +457,9 @@ def test_attribute_from_a_recipe_and_bad_requests(tmp_path, capsys):
         (("--region", "0,0,9,9"), "region is"),
         (("--top", 99), "top is 99"),
         (("--remove", "1797"), "rows must be"),
+        (("--remove", "abc"), "rows 'abc'"),
+        (("--remove-top", "-1"), "remove-top is -1"),
+        (("--method", "bbels"), "no rows"),
         (("--method", "wiener"), "no rows"),
         (("--label", "cat"), "no class"),
     ):
@@ -481,6 +491,48 @@ def test_audit_flags_copies(tmp_path, capsys, digits):
         assert float(line["d1"]) == pytest.approx(float(distances[0]), abs=1e-6)
         assert float(line["d2"]) == pytest.approx(float(distances[1]), abs=1e-6)
     assert (out / "panel.png").stat().st_size > 1000
+
+
+def test_twins_do_not_hide_copies(digits):
+    """Of an image that the bank has twice, or ten times, the second nearest is the nearest other image."""
+    pixels = torch.cat([digits.pixels[:200], digits.pixels[[7]], digits.pixels[[9]].expand(9, -1, -1, -1)])
+    bank = gd.Bank.build(pixels)
+    images = digits.images(torch.tensor([7, 9, 11])) + 0.02
+    found, alone = copies(images, bank), copies(images, gd.Bank.build(digits.pixels[:200]))
+    assert torch.allclose(found.d1, alone.d1)
+    assert torch.allclose(found.d2, alone.d2)
+    assert torch.equal(found.second, alone.second)
+    assert found.flagged.tolist() == alone.flagged.tolist() == [True] * 3
+    same = gd.Bank.build(digits.pixels[[5]].expand(4, -1, -1, -1))
+    assert copies(images, same).d2.tolist() == copies(images, same).d1.tolist()
+
+
+def test_odd_names_and_places(tmp_path, capsys, digits):
+    """Names that are no UTF-8 or hold commas, classes with commas, a file in the way, a bank as samples."""
+    for i, part in enumerate((b"cat,dog", b"bird")):
+        for j in range(4):
+            folder = os.fsencode(tmp_path / "odd") + b"/" + part
+            os.makedirs(folder, exist_ok=True)  # noqa: PTH103 - a name in bytes
+            picture = Image.fromarray(digits.pixels[10 * i + j, 0].numpy())
+            with open(folder + b"/a,\xff%d.png" % j, "wb") as file:  # noqa: PTH123
+                picture.save(file, format="PNG")
+    odd = tmp_path / "odd"
+    code, _, err = call(capsys, "audit", odd, "--bank", odd, "--out", tmp_path / "audit")
+    assert code == 0, err
+    with (tmp_path / "audit" / "audit.csv").open(encoding="utf-8") as file:
+        assert [line["copy"] for line in csv.DictReader(file)] == ["1"] * 8
+    found = tmp_path / "found"
+    code, _, err = call(capsys, "attribute", odd, "--label", "cat,dog", "--method", "ls", "--steps", 2, "--out", found)
+    assert code == 0, err
+    with (found / "sources.csv").open(encoding="utf-8") as file:
+        assert {line["label"] for line in csv.DictReader(file)} == {"cat,dog"}
+    gd.Bank.build(odd, tmp_path / "odd.bank")
+    assert call(capsys, "audit", tmp_path / "odd.bank", "--bank", odd, "--out", tmp_path / "again")[0] == 0
+    (tmp_path / "file").touch()
+    for command in (("attribute", odd), ("audit", odd, "--bank", odd)):
+        code, _, err = call(capsys, *command, "--out", tmp_path / "file")
+        assert code == 2
+        assert "choose another --out" in err
 
 
 def test_audit_takes_a_run_folder(tmp_path, capsys):

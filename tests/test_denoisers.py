@@ -472,3 +472,21 @@ def test_gradients_are_refused_rather_than_wrong(toy):
 def test_options_of_the_wrong_kind_are_refused(toy, options):
     with pytest.raises(gd.GolddiffError):
         gd.denoiser("golddiff", toy, **options)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("variant", ["optimal", "wiener", "pca", "golddiff", "ls", "els", "pspc", "cfdm", "nearest"])
+def test_images_of_one_pixel(variant, channels):
+    """Against the formula, in batches, in both types; for one pixel all localities are the whole image."""
+    pixels = np.random.default_rng(0).integers(0, 256, (30, channels, 1, 1), dtype=np.uint8)
+    bank, noise = gd.Bank.build(pixels, layout="NCHW"), gd.Noise(1.0, 0.5)
+    x_t = torch.linspace(-0.93, 0.97, 3 * channels, dtype=torch.float64).reshape(3, channels, 1, 1)
+    name, options = VARIANTS[variant]
+    means = [
+        gd.denoiser(name, bank, **options)(x_t.to(kind), noise).mean.double() for kind in (torch.float32, x_t.dtype)
+    ]
+    assert close(means[0], means[1], 1e-5)
+    if variant in ("optimal", "ls", "els", "pspc"):
+        rows = rows_of(bank)
+        expected = [oracles.optimal(x.flatten().numpy(), rows, 1.0, 0.5)[0] for x in x_t]
+        assert np.abs(means[1].flatten(1).numpy() - np.array(expected)).max() < 1e-9

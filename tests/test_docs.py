@@ -42,21 +42,32 @@ def test_python_on_the_pages_runs(page, tmp_path, monkeypatch):
     run(page)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_block_is_seen(page):
+    """No fence that the runner would not read, and no mark with a name that nobody has."""
+    fences = re.findall(r"^[ \t]*(?:`{3,}|~{3,}).*$", page.read_text(), re.M)
+    plain = [fence for fence in fences if re.fullmatch(r"```(\w+|\{(toctree|commands|include)\}.*)?", fence)]
+    assert fences == plain
+    assert sum(bool(re.fullmatch(r"```\w+", fence)) for fence in fences) == len(blocks(page))
+    for needed in re.findall(r"<!-- needs: (.*?) -->", page.read_text()):
+        assert set(needed.split(", ")) <= {"deepinv", "torchvision", "diffusers", "fastapi", "matplotlib"}
+
+
 def test_examples_are_read_and_compared(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
-        "```python\nx = 2\nprint(x, 'cats')\n```\n\n```text\n2.01 cats\n```\n\n"
+        "```python\nx = 2\nprint(x + 0.5, 'cats')\n```\n\n```text\n2.51 cats\n```\n\n"
         "<!-- skip: it never ends -->\n```python\nwhile True: pass\n```\n\n```sh\nls\n```\n"
         "<!-- needs: torch, no_such_package -->\n```python\n1 / 0\n```\n"
         "<!-- needs: torch -->\n```python\nx += 1\n```\n"
     )
     first, printed, skipped, shell, missing, there = blocks(page)
-    assert (first.prints, printed.language, skipped.skipped, shell.language) == ("2.01 cats\n", "text", True, "sh")
+    assert (first.prints, printed.language, skipped.skipped, shell.language) == ("2.51 cats\n", "text", True, "sh")
     assert (missing.skipped, there.skipped) == (True, False)
     assert first.line == 2
     run(page)
-    page.write_text(page.read_text().replace("2.01", "2.1"))
-    with pytest.raises(AssertionError, match="line 2 prints\n2 cats"):
+    page.write_text(page.read_text().replace("2.51", "2.6"))
+    with pytest.raises(AssertionError, match="line 2 prints\n2.5 cats"):
         run(page)
     assert not alike("2 cats", "2 cats more")
 

@@ -24,7 +24,7 @@ from fastapi.testclient import TestClient
 import golddiff as gd
 from golddiff.denoise import METHODS
 from golddiff.explorer import serve, sources
-from golddiff.explorer.guard import COOKIE, is_loopback
+from golddiff.explorer.guard import cookie_of, is_loopback
 from golddiff.explorer.runs import Explorer
 from golddiff.explorer.show import Screen
 from golddiff.explorer.web import application
@@ -371,7 +371,7 @@ def test_a_token_is_wanted_beyond_loopback(explorer):
         answer = client.get("/?token=secret", follow_redirects=False)
         assert (answer.status_code, answer.headers["location"]) == (303, "/")
         assert "HttpOnly" in answer.headers["set-cookie"]
-        assert client.cookies[COOKIE] == "secret"
+        assert client.cookies[cookie_of("secret")] == "secret"
         assert client.get("/api/bank").status_code == 200
     assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "example.com")] == [  # noqa: S104
         True, True, True, False, False,

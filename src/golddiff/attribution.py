@@ -86,11 +86,6 @@ def attribute(bank: Bank, posterior: Posterior, b: int = 0, region: object = Non
     image = torch.full((bank.D,), torch.nan, dtype=torch.float64, device=pixels.device)
     tally = Tally(bank)
     for piece in posterior.pieces(b, pixels):
-        if piece.rows.ndim > 1:
-            raise GolddiffError(
-                "els and bbels take patches from other places, so their sources are no rows: ask "
-                "posterior.weights(b, [pixel]), or use ls"
-            )
         tally.add(piece)
         image[piece.pixels] = _weighted_sum(bank, *piece)
     rows, shares = tally.ordered()

@@ -140,7 +140,7 @@ class Bank:
             return x
         if self._latents is None:
             self._latents = reopened(self.source["latents"])
-        return self._latents.decode(x)
+        return self._latents.decoded(x)
 
     def with_latents(self, given: Latents | str | Path) -> Bank:
         """This bank, decoding by these latents, which must be those it was built with (a folder may have moved)."""
@@ -359,7 +359,13 @@ class Bank:
             raise unknown("statistics", statistics, ("recompute", "keep"))
         whole = self._whole or self
         gone = [self.removed, whole._checked_rows(rows)]
+        if isinstance(labels, Tensor | np.ndarray):
+            labels = labels.tolist()
+        if not isinstance(labels, Sequence | int) or isinstance(labels, str):
+            raise GolddiffError(f"labels is {labels!r}: give a class, or a list of classes")
         for label in [labels] if isinstance(labels, int) else labels:
+            if not (label is None or type(label) is int):
+                raise GolddiffError(f"label {label!r}: give a whole number")
             there = whole.rows_of(label)
             if there is None:
                 raise GolddiffError(f"label {label} stands for all images: give a class")
@@ -380,12 +386,16 @@ class Bank:
         return view
 
     def _checked_rows(self, rows: Sequence[int] | Tensor) -> Tensor:
-        chosen = torch.as_tensor(rows, device=self.device)
+        wrong = GolddiffError(f"rows must be a list of whole numbers from 0 to {len(self.pixels) - 1}")
+        try:
+            chosen = torch.as_tensor(rows, device=self.device)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise wrong from error
         if chosen.numel() == 0:
             return chosen.flatten().long()
         whole = not (chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool)
         if not whole or chosen.ndim != 1 or bool(((chosen < 0) | (chosen >= len(self.pixels))).any()):
-            raise GolddiffError(f"rows must be a list of whole numbers from 0 to {len(self.pixels) - 1}")
+            raise wrong
         return chosen.long()
 
     @property

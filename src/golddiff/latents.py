@@ -58,26 +58,45 @@ class Latents:
         Raises:
             GolddiffError: `encode` gives something else than finite `(n, c, h, w)` floats.
         """
-        shape = self._block(images.read(0, 1)).shape[1:]
+        shape = self._block(images.read(0, 1), None).shape[1:]
 
         def read(start: int, stop: int) -> np.ndarray:
             pixels = images.read(start, stop)
-            return np.concatenate([self._block(pixels[i : i + BATCH]) for i in range(0, len(pixels), BATCH)])
+            return np.concatenate([self._block(pixels[i : i + BATCH], shape) for i in range(0, len(pixels), BATCH)])
 
         return replace(images, shape=(shape[0], shape[1], shape[2]), dtype=np.dtype(np.float32), read=read)
 
-    def _block(self, pixels: np.ndarray) -> np.ndarray:
+    def decoded(self, z: Tensor) -> Tensor:
+        """Pictures of latents, `(n, C, H, W)`.
+
+        Raises:
+            GolddiffError: `decode` gives something else than finite pictures, one for each.
+        """
+        said = self.decode(z)
+        fits = isinstance(said, Tensor) and said.ndim == 4 and len(said) == len(z) and said.is_floating_point()
+        if not fits or not bool(said.isfinite().all()):
+            raise GolddiffError(
+                f"latents of {self.name}: decode makes {_kind(said)} of {len(z)} latents: it must give finite floats "
+                f"({len(z)}, C, H, W)"
+            )
+        return said.detach()
+
+    def _block(self, pixels: np.ndarray, shape: tuple[int, ...] | None) -> np.ndarray:
         x = torch.from_numpy(np.array(pixels)).float()
         with torch.no_grad():
             said = self.encode(x / 127.5 - 1 if pixels.dtype == np.uint8 else x)
         fits = isinstance(said, Tensor) and said.ndim == 4 and len(said) == len(x) and said.is_floating_point()
-        if not fits or not bool(said.isfinite().all()):
-            found = f"{said.dtype} {tuple(said.shape)}" if isinstance(said, Tensor) else type(said).__name__
+        same = fits and (shape is None or tuple(said.shape[1:]) == shape)
+        if not same or not bool(said.float().isfinite().all()):
             raise GolddiffError(
-                f"latents of {self.name}: encode makes {found} of {len(x)} pictures: it must give finite "
-                f"floats ({len(x)}, c, h, w)"
+                f"latents of {self.name}: encode makes {_kind(said)} of {len(x)} pictures: it must give finite floats "
+                f"({len(x)}, c, h, w), the same for all"
             )
-        return said.float().cpu().numpy()
+        return said.detach().float().cpu().numpy()
+
+
+def _kind(said: Any) -> str:
+    return f"{said.dtype} {tuple(said.shape)}" if isinstance(said, Tensor) else type(said).__name__
 
 
 def latents(folder: str | Path) -> Latents:
@@ -117,7 +136,7 @@ def latents(folder: str | Path) -> Latents:
             parts = [model.to(z.device).decode(part).sample for part in (z.float() / scale + shift).split(BATCH)]
         return torch.cat(parts)
 
-    files = sorted(p for p in place.iterdir() if p.suffix in (".safetensors", ".bin"))
+    files = sorted(p for p in place.iterdir() if p.suffix == ".safetensors")
     weights = " ".join(hash_file(path)[:16] for path in files) + f" {scale:g} {shift:g}"
     return Latents(encode, decode, str(place.resolve()), weights)
 
@@ -131,7 +150,7 @@ def _autoencoder(place: Path) -> Any:
         config = json.loads((place / "config.json").read_text())
         if config["_class_name"] != "AutoencoderKL":
             raise ValueError(f"a {config['_class_name']}, not an AutoencoderKL")
-        model: Any = AutoencoderKL.from_pretrained(place, local_files_only=True)
+        model: Any = AutoencoderKL.from_pretrained(place, local_files_only=True, use_safetensors=True)
     except Exception as error:  # files of others fail in any way
         reason = str(error).split("\n")[0][:160]
         raise GolddiffError(f"{place} holds no autoencoder that can be read ({reason}): give its folder") from error

@@ -295,7 +295,7 @@ class Window(Masked):
             rows, columns = min(side, 2 * height - 1), min(side, 2 * width - 1)
             padded = functional.pad(plane, (columns // 2, columns // 2, rows // 2, rows // 2))
             sums = functional.avg_pool2d(padded, (rows, columns), stride=1, divisor_override=1)
-            flat = sums.expand(-1, channels, -1, -1).flatten(1)
+            flat = sums.repeat(1, channels, 1, 1).flatten(1)
             return flat if pixels is None else flat[:, pixels]
 
         return box

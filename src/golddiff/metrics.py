@@ -28,6 +28,7 @@ __all__ = [
     "reference_features",
 ]
 
+TWINS = (8, 64, 512)  # nearest rows that are looked at while they are all the same image
 COPY = 1 / 3  # d1 / d2 under which an image counts as a copy
 SAME = 1 / 255
 COMPONENTS = 64
@@ -75,7 +76,7 @@ class Copies:
     """The nearest rows of each image.
 
     Arguments:
-        row, second: numbers of the nearest and second nearest row, `(n,)`.
+        row, second: numbers of the nearest row and of the nearest other image, `(n,)`.
         d1, d2: root mean square difference of a pixel (range 0 to 2) to them, `(n,)` float64.
     """
 
@@ -92,7 +93,7 @@ class Copies:
     @property
     def flagged(self) -> Tensor:
         """Images with `d1 / d2` under 1/3, or with d1 under half a grey level: copies, `(n,)` bool."""
-        return (self.d1 < COPY * self.d2) | (self.d1 < SAME)  # a row with a twin has d1 = d2
+        return (self.d1 < COPY * self.d2) | (self.d1 < SAME)
 
     @property
     def share(self) -> float:
@@ -100,11 +101,26 @@ class Copies:
 
 
 def copies(images: Tensor, bank: Bank) -> Copies:
-    """The two nearest rows of each image `(n, C, H, W)`."""
+    """The nearest row of each image `(n, C, H, W)`, and the nearest that is another image than that."""
     if len(bank) < 2:
         raise GolddiffError("a bank of one image has no second nearest: give a larger bank")
     rows, distances = nearest_images(bank, images, 2)
-    return Copies(rows[:, 0], rows[:, 1], distances[:, 0], distances[:, 1])
+    row, second, d1, d2 = rows[:, 0], rows[:, 1].clone(), distances[:, 0], distances[:, 1].clone()
+    for count in TWINS:  # the second nearest is another image: not the same one, if the bank has it twice
+        alike = _same(bank, row, second).nonzero()[:, 0]
+        if len(alike) == 0 or count > len(bank):
+            break
+        rows, distances = nearest_images(bank, images[alike.to(images.device)], count)
+        for i, near, far in zip(alike.tolist(), rows, distances, strict=True):
+            place = int(_same(bank, row[i].expand(count), near).int().argmin())  # the nearest, if all are alike
+            second[i], d2[i] = near[place], far[place]
+    return Copies(row, second, d1, d2)
+
+
+def _same(bank: Bank, a: Tensor, b: Tensor) -> Tensor:
+    """Whether rows are the same images, `(n,)`; a row is itself."""
+    pixels = (bank.pixels[rows.to(bank.device)].flatten(1) for rows in (a, b))
+    return torch.eq(*pixels).all(1).cpu()
 
 
 Extractor = Callable[[Tensor], Tensor]

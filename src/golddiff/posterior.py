@@ -181,8 +181,8 @@ class Posterior:
             )
 
     def _checked(self, b: int) -> int:
-        if not 0 <= b < len(self.mean):
-            raise GolddiffError(f"image {b} of a batch of {len(self.mean)}: count from 0")
+        if type(b) is not int or not 0 <= b < len(self.mean):
+            raise GolddiffError(f"image {b!r} of a batch of {len(self.mean)}: count from 0")
         return b
 
     def _flat(self, pixels: Tensor | list[int] | None) -> Tensor:
@@ -190,10 +190,14 @@ class Posterior:
         count = self.x_t[0].numel()
         if pixels is None:
             return torch.arange(count, device=self.x_t.device)
-        flat = torch.as_tensor(pixels)
+        wrong = GolddiffError(f"pixels must be a list of flat indices from 0 to {count - 1}")
+        try:
+            flat = torch.as_tensor(pixels)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise wrong from error
         whole = flat.ndim == 1 and not (flat.is_floating_point() or flat.is_complex() or flat.dtype == torch.bool)
         if not whole or flat.numel() == 0 or bool(((flat < 0) | (flat >= count)).any()):
-            raise GolddiffError(f"pixels must be a list of flat indices from 0 to {count - 1}")
+            raise wrong
         return flat.long().to(self.x_t.device)
 
     def score(self) -> Tensor:

@@ -249,17 +249,21 @@ def parse_seeds(seeds: Any, what: str = "seeds") -> list[int]:
 
 def parse_labels(labels: Any, bank: Bank) -> list[int]:
     """`"3,7"` or names of classes -> labels that the bank has. In text, names go before numbers."""
-    parts = labels.split(",") if isinstance(labels, str) else [labels] if isinstance(labels, int) else labels
+    listed = [labels] if isinstance(labels, str | int) else [] if labels is None else labels
+    parts: list[Any] = []
+    for given in _items(listed, GolddiffError(f"labels {labels!r}: write them as 3 or 3,7")):
+        several = isinstance(given, str) and given not in bank.classes  # a name may hold a comma
+        parts += given.split(",") if several else [given]
     numbers: list[int] = []
-    for part in _items([] if parts is None else parts, GolddiffError(f"labels {labels!r}: write them as 3 or 3,7")):
+    for part in parts:
         text = str(part).strip()
         if isinstance(part, str) and text in bank.classes:
             numbers.append(bank.classes.index(text))
         elif type(part) is int or text.removeprefix("-").isdecimal():
             numbers.append(int(text[:20]))
         else:
-            listed = ", ".join(bank.classes[:12]) or "none, only numbers"
-            raise GolddiffError(f"no class is called '{text}': names here are {listed}")
+            names = ", ".join(bank.classes[:12]) or "none, only numbers"
+            raise GolddiffError(f"no class is called '{text}': names here are {names}")
     for number in numbers:
         bank.rows_of(number)
     return numbers

@@ -87,6 +87,10 @@ def attribution_report(
         raise GolddiffError(f"step {number}: give one from 1 to {recipe.levels}")
     if not 1 <= top <= len(COLOURS):
         raise GolddiffError(f"top is {top}: give a number from 1 to {len(COLOURS)}")
+    if removal is not None and removal.top < 0:
+        raise GolddiffError(f"--remove-top is {removal.top}: give how many of the first sources to remove")
+    if out.exists() and not out.is_dir():
+        raise GolddiffError(f"{out} is a file: choose another --out")
     shown = sorted({number, *torch.linspace(1, recipe.levels, STEPS_SHOWN).round().int().tolist()})
     found = {s.index + 1: attribute(bank, s.posterior, 0, region) for s in _steps(recipe, model, seed, shown)}
     image = found[number]
@@ -96,7 +100,7 @@ def attribution_report(
         "step": number,
         "time": recipe.times[number - 1],
         "region": region,
-        "pixels": len(image.pixels),
+        "pixels": len(image.pixels) // bank.shape[0],
         "images_of_weight": len(image.rows),
         "coverage": {str(count): image.coverage(count) for count in (1, 8, 64, 512) if count <= len(image.rows)},
         "sources": _listed(image, top),
@@ -115,7 +119,7 @@ def attribution_report(
             "sources": _listed(again, top),
         }
     rows += [(f"step {n}", found[n]) for n in shown if n != number]
-    out.mkdir(parents=True, exist_ok=True)
+    _make(out)
     _write_csv(out / "sources.csv", ("row", "id", "label", "share"), _sources(image))
     with replacing(out / "attribution.json") as part:
         part.write_text(json.dumps(result, indent=1) + "\n")
@@ -168,8 +172,15 @@ def _class(bank: Bank, row: int) -> str:
     return "" if label == NO_LABEL else bank.classes[label] if label < len(bank.classes) else str(label)
 
 
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GolddiffError(f"{out} cannot be made ({error.strerror}): choose another --out") from error
+
+
 def _write_csv(path: Path, head: Sequence[str], rows: Iterator[tuple[Any, ...]]) -> None:
-    with replacing(path) as part, part.open("w", newline="") as file:
+    with replacing(path) as part, part.open("w", newline="", encoding="utf-8", errors="replace") as file:
         writer = csv.writer(file)
         writer.writerow(head)
         writer.writerows(rows)
@@ -184,9 +195,9 @@ def _panel(rows: list[tuple[str, Attribution]], top: int) -> Any:
         inside = inside.unflatten(0, found.bank.shape).any(0).numpy()
         mosaic = found.bank.images(found.source.clamp(min=0).flatten(), torch.float32).flatten(1)
         mosaic = mosaic.gather(1, torch.arange(found.bank.D, device=mosaic.device)[:, None]).reshape(found.bank.shape)
-        plain = [rgb(to_uint8(image[None])[0]) for image in (found.posterior.mean[found.b], mosaic)]
-        line = [_dimmed(picture, inside) for picture in (*plain, _coloured(found, first))]
-        line = [framed(picture) for picture in line]
+        mean, heaviest = (rgb(to_uint8(image[None])[0]) for image in (found.posterior.mean[found.b], mosaic))
+        mean, heaviest = _dimmed(mean, inside), np.where(inside[:, :, None], heaviest, np.uint8(255))
+        line = [framed(picture) for picture in (mean, heaviest, _coloured(found, first, inside))]
         sources = [rgb(picture) for picture in to_uint8(found.bank.images(first))]
         line += [framed(picture, COLOURS[i]) for i, picture in enumerate(sources)]
         line += [np.full_like(line[0], 255)] * (3 + top - len(line))
@@ -201,12 +212,14 @@ def _panel(rows: list[tuple[str, Attribution]], top: int) -> Any:
     return grid(np.stack(pictures), 3 + top, rows=labels, heads=heads, captions=captions)
 
 
-def _coloured(found: Attribution, first: Tensor) -> np.ndarray:
-    """Which of the first sources weighs most at each pixel, `(H, W, 3)`: the mean colour over the channels."""
+def _coloured(found: Attribution, first: Tensor, inside: np.ndarray) -> np.ndarray:
+    """Which of the first sources weighs most at each pixel, `(H, W, 3)`: the mean colour over the channels; white
+    outside of the region."""
     source = found.source.cpu()
     colours = torch.full((*source.shape, 3), float(OTHERS))
     for i, row in enumerate(first.tolist()):
         colours[source == row] = torch.from_numpy(COLOURS[i]).float()
+    colours[:, torch.from_numpy(~inside)] = 255.0
     return colours.mean(0).round().to(torch.uint8).numpy()
 
 
@@ -229,6 +242,8 @@ def audit_report(bank: Bank, samples: Images, x: Tensor, out: Path) -> dict[str,
         raise GolddiffError(
             f"images of {tuple(x.shape[1:])} beside a bank of {bank.shape}: give the same shape, with --size"
         )
+    if out.exists() and not out.is_dir():
+        raise GolddiffError(f"{out} is a file: choose another --out")
     found = copies(x, bank)
     order = torch.argsort(found.ratio, stable=True)
     result = {
@@ -239,7 +254,7 @@ def audit_report(bank: Bank, samples: Images, x: Tensor, out: Path) -> dict[str,
         "mean_ratio": float(found.ratio.mean()),
         "flagged": [samples.ids[i] for i in order.tolist() if found.flagged[i]],
     }
-    out.mkdir(parents=True, exist_ok=True)
+    _make(out)
     head = ("image", "row", "id", "label", "second", "d1", "d2", "ratio", "copy")
     _write_csv(out / "audit.csv", head, _audited(bank, samples, found))
     with replacing(out / "audit.json") as part:

@@ -150,7 +150,8 @@ def digits(whole: Tensor) -> Tensor:
 
 def scan_of(bank: Bank, q: Tensor, s: Tensor) -> Scan:
     """The fastest scan that this machine and these rows allow."""
-    takes_bytes = bank.is_uint8 and bank.device.type == "cpu" and bank.D <= MOST_PRODUCTS and q.dtype == torch.float32
+    on_cpu = bank.is_uint8 and bank.device.type == "cpu" and q.dtype == torch.float32
+    takes_bytes = on_cpu and 1 < bank.D <= MOST_PRODUCTS  # of one byte torch's product is wrong
     fast = getattr(torch.cpu, "_is_vnni_supported", lambda: False)() and hasattr(torch, "_int_mm")
     return (_Bytes if takes_bytes and fast else _Floats)(bank, q, s)
 

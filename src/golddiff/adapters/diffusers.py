@@ -163,6 +163,8 @@ class GoldDiffPipeline(DiffusionPipeline):
             GolddiffError: a scheduler that is not understood, or a wrong argument.
         """
         self._check(batch_size, generator, output_type, callback_on_step_end_tensor_inputs)
+        if type(num_inference_steps) is not int or num_inference_steps < 1:
+            raise GolddiffError(f"num_inference_steps is {num_inference_steps!r}: give a whole number of at least 1")
         x, seeds = self._start(batch_size, generator, latents)
         kind = scheduler_kind(self.scheduler)
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
@@ -191,7 +193,10 @@ class GoldDiffPipeline(DiffusionPipeline):
     def _check(self, batch_size: int, generator: Any, output_type: str, asked: Sequence[str]) -> None:
         if type(batch_size) is not int or batch_size < 1:
             raise GolddiffError(f"batch_size is {batch_size!r}: give a whole number of at least 1")
-        if isinstance(generator, list | tuple) and len(generator) != batch_size:
+        each = generator if isinstance(generator, list) else [] if generator is None else [generator]
+        if not all(isinstance(one, torch.Generator) for one in each):
+            raise GolddiffError("generator must be a torch.Generator, or a list of one for each image")
+        if isinstance(generator, list) and len(generator) != batch_size:
             raise GolddiffError(f"{len(generator)} generators for batch_size={batch_size}: give one, or one each")
         if output_type not in OUTPUTS:
             raise unknown("output_type", output_type, OUTPUTS)
@@ -201,13 +206,15 @@ class GoldDiffPipeline(DiffusionPipeline):
 
     def _start(self, batch: int, generator: Any, latents: Tensor | None) -> tuple[Tensor, list[int]]:
         """Noise of unit variance, and the seeds of retrieval."""
+        if latents is not None and not isinstance(latents, Tensor):
+            raise GolddiffError(f"latents are a {type(latents).__name__}: give a tensor (B, C, H, W)")
         if latents is not None and len(latents) != batch:
             raise GolddiffError(f"{len(latents)} latents for batch_size={batch}: give one for each image")
         x = latents
         if x is None:
             shape = (batch, *self.denoiser.bank.shape)
             x = randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
-        if isinstance(generator, list | tuple):
+        if isinstance(generator, list):
             first = [each.initial_seed() for each in generator]
         elif generator is not None:
             first = [generator.initial_seed() + i for i in range(batch)]
@@ -342,7 +349,7 @@ class GoldDiffUNet(torch.nn.Module):
 
     def _noise(self, times: Tensor) -> Noise:
         last = len(self.alphas_cumprod) - 1
-        if bool((times < 0).any()) or bool((times > last).any()):
+        if not bool(((times >= 0) & (times <= last)).all()):
             raise GolddiffError(f"timestep {times.tolist()}: give numbers from 0 to {last}")
         below, above = times.floor().long(), times.ceil().long()
         abar = self.alphas_cumprod.double()

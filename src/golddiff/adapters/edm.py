@@ -84,4 +84,4 @@ class EDMDenoiser:
                 f"class_labels of shape {tuple(labels.shape)}: give whole numbers (B,), or one-hot "
                 f"(B, {self.label_dim}) with at most a single 1 in each row"
             )
-        return torch.where(labels.sum(1) > 0, labels.argmax(1), -1)
+        return torch.where(labels.sum(1) > 0, labels.int().argmax(1), -1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 
 from .. import __version__
@@ -134,7 +135,7 @@ def override(settings: dict[str, Any], given: dict[str, Any], options: dict[str,
         if given[key] is not None:
             settings[key] = given[key]
     if given["label"]:
-        settings["labels"] = ",".join(given["label"])
+        settings["labels"] = list(given["label"])
     kept = settings.get("options") or {}
     if options and isinstance(kept, dict):
         settings["options"] = {**kept, **options}
@@ -161,8 +162,14 @@ def default_out(named: Any, held: Bank, method: str, chosen: dict[str, Any]) -> 
 
 
 def samples_of(path: str, **options: Any) -> Images:
-    """Pictures of any origin; those of a run folder are in its samples.npz."""
+    """Pictures of any origin, a bank too; those of a run folder are in its samples.npz."""
     folder = Path(path)
+    if (folder / "bank.json").is_file():
+        held = Bank.open(folder)
+        ids = [name.decode(errors="replace") for name in held.ids]
+        pixels, kind = held.pixels.numpy(), np.dtype(str(held.pixels.dtype).removeprefix("torch."))
+        images = Images(held.shape, kind, held.labels.numpy(), ids, lambda first, last: pixels[first:last])
+        return images.first(options.get("limit"))
     packed = folder / "samples.npz"
     return open_source(packed if packed.is_file() and (folder / "recipe.json").is_file() else path, **options)
 

@@ -101,16 +101,19 @@ def _held_out(source: str, held: Bank, count: int, building: dict[str, Any]) -> 
 @click.argument("samples", metavar="SAMPLES")
 @click.option("--bank", "source", metavar="BANK", required=True, help="A bank, or anything that makes one.")
 @click.option("--features", default="pca", show_default=True, help="pixels, pca, or a TorchScript file.")
+@click.option("--size", type=int, metavar="N", help="Bring SAMPLES to N x N first, as bank build does.")
 @click.option("--layout", type=Name("layout", ("NHWC", "NCHW", "NHW")), help="Axes of an array, if unclear.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the numbers here, as JSON.")
-def evaluate_command(samples: str, source: str, features: str, layout: str | None, out: Path | None) -> None:
+def evaluate_command(
+    samples: str, source: str, features: str, size: int | None, layout: str | None, out: Path | None
+) -> None:
     """Compare SAMPLES with BANK: FID, KID, precision, recall, density, coverage, and copies of bank images.
 
     SAMPLES is anything that `bank build` reads: a folder of pictures, an .npz or .npy file, a zip. Each number comes
     with its standard error over blocks of images.
     """
     held = open_bank(source)
-    images = samples_of(samples, layout=layout)
+    images = samples_of(samples, size=size, layout=layout)
     found = evaluate(in_range_of(held, images), held, features)
     if out:
         with replacing(out) as part:

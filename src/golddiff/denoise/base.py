@@ -106,6 +106,8 @@ class Denoiser(abc.ABC):
         Arguments:
             x_t, noise, label, seed: as for the denoiser itself.
         """
+        if not isinstance(x_t, Tensor):
+            return self(x_t, noise, label, seed=seed).mean  # which says what is wrong
         return _Mean.apply(x_t, self, noise, label, seed)
 
     def over(self, ranks: Ranks) -> Self:

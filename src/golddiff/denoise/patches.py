@@ -19,7 +19,7 @@ from ..noise import Noise
 from ..posterior import Posterior, RunningSoftmax
 from .base import Denoiser
 from .local import MaskedDenoiser
-from .sources import Weighed
+from .sources import WeighedPatches
 
 __all__ = ["PatchDenoiser"]
 
@@ -86,7 +86,7 @@ class PatchDenoiser(Denoiser):
             support=Support(rows, None, None, count, shared=True),
             x_t=x_t,
             noise=noise,
-            _sources=Weighed(self.bank, scan.weigh),
+            _sources=WeighedPatches(self.bank, scan.weigh),
         )
 
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..bank import Bank
+from ..errors import GolddiffError
 from ..golden import Support
 from ..posterior import Piece, Sources, softmax_of_rows
 from ..spectrum import Statistics
 
-__all__ = ["BLOCK", "Linear", "MaskedRows", "Weighed", "WholeRows"]
+__all__ = ["BLOCK", "Linear", "MaskedRows", "Weighed", "WeighedPatches", "WholeRows"]
 
 BLOCK = 512
 WEIGHTS_AT_ONCE = 2**24
@@ -35,6 +36,16 @@ class Weighed(Sources):
 
     def weights(self, b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
         return self._weigh(b, pixels)
+
+
+class WeighedPatches(Weighed):
+    """Weights of patches, which are no rows."""
+
+    def pieces(self, b: int, pixels: Tensor | None) -> Iterator[Piece]:
+        raise GolddiffError(
+            "els and bbels take patches from other places, so their sources are no rows: ask "
+            "posterior.weights(b, [pixel]), or use ls"
+        )
 
 
 class WholeRows(Weighed):

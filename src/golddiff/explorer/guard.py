@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import ipaddress
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["Guard", "is_loopback"]
+__all__ = ["Guard", "cookie_of", "is_loopback"]
 
-COOKIE = "golddiff"
+COOKIE = "golddiff"  # and a part of a hash of the token: cookies are shared by all ports of a host
 LARGEST_BODY = 2**16
 HEADERS = {
     "Content-Security-Policy": (
@@ -67,7 +67,11 @@ class Guard:
         if refusal is not None:
             await refusal(scope, receive, guarded)
             return
-        await self.app(scope, _limited(receive), guarded)
+        body = await _body(receive)
+        if body is None:
+            await TOO_LARGE(scope, receive, guarded)
+            return
+        await self.app(scope, _replayed(body, receive), guarded)
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
@@ -79,32 +83,45 @@ class Guard:
             return _problem(403, "this request comes from a page of another site: open the explorer itself")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 12 or int(length) > LARGEST_BODY:
-            return _problem(413, f"this request is too large: send at most {LARGEST_BODY} bytes")
+            return TOO_LARGE
         return None if self.token is None else self._without_token(scope, headers, self.token)
 
     def _without_token(self, scope: Scope, headers: Headers, token: str) -> Response | None:
         asked = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
         if _same(asked, token) and scope["method"] == "GET" and scope["path"] == "/":
             answer = RedirectResponse("/", 303)
-            answer.set_cookie(COOKIE, token, httponly=True, samesite="strict")
+            answer.set_cookie(cookie_of(token), token, httponly=True, samesite="strict")
             return answer
-        bearer = headers.get("authorization", "").removeprefix("Bearer ")
-        if _same(bearer, token) or _same(_cookie(headers), token):
+        kind, _, bearer = headers.get("authorization", "").partition(" ")
+        if (kind.lower() == "bearer" and _same(bearer, token)) or _same(_cookie(headers, cookie_of(token)), token):
             return None
         return _problem(401, "this server wants its token: open the address that it printed, with ?token= at its end")
 
 
-def _limited(receive: Receive) -> Receive:
-    """Ends a body that goes on beyond what it may be."""
-    got = 0
-
-    async def limited() -> Message:
-        nonlocal got
+async def _body(receive: Receive) -> bytes | None:
+    """What a request sends; None if it is larger than it may be, or breaks off."""
+    body = b""
+    while True:
         message = await receive()
-        got += len(message.get("body", b""))
-        return {"type": "http.disconnect"} if got > LARGEST_BODY else message
+        body += message.get("body", b"")
+        if len(body) > LARGEST_BODY or message["type"] == "http.disconnect":
+            return None
+        if not message.get("more_body", False):
+            return body
 
-    return limited
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """Gives the application the body that was read."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
 
 
 def _name_of(host: str) -> str:
@@ -115,12 +132,18 @@ def _name_of(host: str) -> str:
         return ""
 
 
-def _cookie(headers: Headers) -> str:
-    try:
-        cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-    except CookieError:
-        return ""
-    return cookie.value if cookie else ""
+def cookie_of(token: str) -> str:
+    """The name of the cookie that holds a token."""
+    return f"{COOKIE}-{hashlib.blake2b(token.encode(), digest_size=4).hexdigest()}"
+
+
+def _cookie(headers: Headers, name: str) -> str:
+    """The value of a cookie, whatever the cookies of others look like."""
+    for part in headers.get("cookie", "").split(";"):
+        found, _, value = part.strip().partition("=")
+        if found == name:
+            return value.strip('"')
+    return ""
 
 
 def _same(given: str, token: str) -> bool:
@@ -129,3 +152,6 @@ def _same(given: str, token: str) -> bool:
 
 def _problem(status: int, detail: str) -> Response:
     return JSONResponse({"detail": detail}, status, {"Cache-Control": "no-store"})
+
+
+TOO_LARGE = _problem(413, f"this request is too large: send at most {LARGEST_BODY} bytes")

@@ -11,7 +11,6 @@ from typing import Any
 
 from ..bank import Bank
 from ..errors import GolddiffError
-from .guard import is_loopback
 
 __all__ = ["serve"]
 
@@ -35,6 +34,7 @@ def serve(bank: Bank, host: str = "127.0.0.1", port: int = 8765, *, open_browser
     try:
         import uvicorn
 
+        from .guard import is_loopback
         from .runs import Explorer
         from .web import application
     except ImportError as error:
@@ -100,5 +100,5 @@ def _bound(host: str, port: int) -> socket.socket:
 
 def _address(host: str, port: int, token: str | None) -> str:
     """What to open in a browser."""
-    named = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host  # noqa: S104
+    named = socket.gethostname() if host in ("0.0.0.0", "::", "*", "") else f"[{host}]" if ":" in host else host  # noqa: S104
     return f"http://{named}:{port}/" + (f"?token={token}" if token else "")

@@ -74,6 +74,11 @@ Index = Annotated[int, InPath(ge=0, le=10**6)]
 Row = Annotated[int, InPath(ge=0, le=MOST_SEED)]
 Whole = Annotated[int, InPath(ge=0, le=10**6)]
 REFUSED: dict[int | str, dict[str, Any]] = {
+    400: {"model": Problem, "description": "No JSON."},
+    401: {"model": Problem, "description": "The token is missing."},
+    403: {"model": Problem, "description": "From a page of another site."},
+    413: {"model": Problem, "description": "Too large."},
+    421: {"model": Problem, "description": "Not addressed to this server."},
     404: {"model": Problem, "description": "Not there."},
     410: {"model": Problem, "description": "No longer there: run it again."},
     422: {"model": Problem, "description": "It cannot be done as asked."},

@@ -58,7 +58,10 @@ def by_first_folder(names: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:
         return np.full(len(names), NO_LABEL, dtype=np.int64), ()
     if "" in classes:
         stray = names[tops.index("")]
-        raise GolddiffError(f"there are pictures beside class folders ({stray}, {classes[1]}/): move them into one")
+        raise GolddiffError(
+            f"there are pictures beside class folders ({stray}, {classes[1]}/): move them into class "
+            "folders too, or all pictures into one folder"
+        )
     numbers = {name: i for i, name in enumerate(classes)}
     return np.array([numbers[top] for top in tops], dtype=np.int64), tuple(classes)
 

@@ -2,6 +2,7 @@
 import { $, emit } from "./state.js";
 
 const RETRY = 1500;
+const HEARTBEAT = 5000;
 let gone = false;
 
 export class Problem extends Error {
@@ -77,6 +78,11 @@ function lost() {
   emit("lost");
   setTimeout(retry, RETRY);
 }
+
+// A page that lies idle learns it too.
+setInterval(() => {
+  if (!gone && !document.hidden) fetch("/api/bank").catch(lost);
+}, HEARTBEAT);
 
 async function retry() {
   try {

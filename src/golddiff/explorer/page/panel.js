@@ -90,7 +90,7 @@ export class Panel {
       emit("steps", this);
     } else {
       this.state = event.state;
-      if (event.state === "cancelled") this.tell(`Cancelled after ${this.steps.length} of ${this.total} steps. Run goes on from the start.`);
+      if (event.state === "cancelled") this.tell(`Cancelled after ${this.steps.length} of ${this.total} steps. Run starts it again.`);
       if (event.state === "failed") this.tell(event.message);
     }
   }

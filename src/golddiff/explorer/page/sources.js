@@ -42,6 +42,8 @@ async function drawGolden() {
   const panel = activePanel();
   const step = panel?.shown;
   const list = $("#golden");
+  const of = `${panel?.id} ${step?.index}`;
+  list.classList.toggle("stale", list.dataset.of !== of); // what is there is of another picture
   if (!step) return;
   const silent = why(panel);
   if (silent) {
@@ -63,10 +65,11 @@ async function drawGolden() {
   if (!found || panel !== activePanel() || panel.shown?.index !== step.index) return;
   if (app.map) say("");
   list.replaceChildren(...found.rows.map((source) => thumb(source)));
-  list.dataset.step = step.index;
+  list.classList.remove("stale");
+  Object.assign(list.dataset, { step: step.index, of });
   const grid = found.pixels < found.of ? ` From ${count(found.pixels)} of ${count(found.of)} pixels.` : "";
-  const of = step.golden === step.eligible ? `all ${count(step.eligible)} images` : `${count(step.golden)} of ${count(step.eligible)} images taken for each pixel`;
-  $("#golden-note").textContent = `The training images that carry this mean: these ${found.rows.length} hold ${percent(found.coverage)} of its weights; ${of}.${grid}${app.map ? " Greys in the map: rows beyond these colours." : ""}`;
+  const taken = step.golden === step.eligible ? `all ${count(step.eligible)} images` : `${count(step.golden)} of ${count(step.eligible)} images taken for each pixel`;
+  $("#golden-note").textContent = `The training images that carry this mean: these ${found.rows.length} hold ${percent(found.coverage)} of its weights; ${taken}.${grid}${app.map ? " Greys in the map: rows beyond these colours." : ""}`;
   $("#every").hidden = found.pixels === found.of;
   drawMap(panel, app.map ? found : null);
 }
