@@ -503,6 +503,8 @@ def test_twins_do_not_hide_copies(digits):
     assert torch.allclose(found.d2, alone.d2)
     assert torch.equal(found.second, alone.second)
     assert found.flagged.tolist() == alone.flagged.tolist() == [True] * 3
+    few = gd.Bank.build(digits.pixels[[7, 7, 11]])
+    assert copies(images[:1], few).second.tolist() == [2]
     same = gd.Bank.build(digits.pixels[[5]].expand(4, -1, -1, -1))
     assert copies(images, same).d2.tolist() == copies(images, same).d1.tolist()
 

@@ -328,6 +328,31 @@ def test_a_run_is_cancelled(page):
     done(page)
 
 
+def test_two_users_at_once(page, browser, server, bank):
+    """Both run at the same time, each gets its own image, and one who leaves half way does not trouble the other."""
+    other = browser.new_page()
+    other.goto(server.address)
+    done(other)
+    for user, seed in ((page, "5"), (other, "6")):
+        user.locator("#seed").fill(seed)
+        user.locator("#steps").fill("12")
+        user.locator("#run").click()
+    for user, seed in ((page, 5), (other, 6)):
+        expect(user.locator("#readout dd").first).to_have_text("12 of 12")
+        done(user)
+        assert np.array_equal(shown(user, "mean"), pixels(steps_of(bank, seed=seed, steps=12)[-1].posterior.mean[0]))
+    other.locator("#method").select_option("els")
+    other.locator("#steps").fill("200")
+    other.locator("#run").click()
+    expect(other.locator("#readout dd").first).to_have_text(re.compile("of 200$"))
+    other.close()
+    page.locator("#steps").fill("11")
+    page.locator("#run").click()
+    expect(page.locator("#readout dd").first).to_have_text("11 of 11")
+    done(page)
+    assert np.array_equal(shown(page, "mean"), pixels(steps_of(bank, seed=5, steps=11)[-1].posterior.mean[0]))
+
+
 def test_wrong_addresses_say_where_to_go(fresh, server):
     fresh.expected_errors = 1  # the console notes the 404
     assert fresh.goto(f"{server.address}nowhere").status == 404

@@ -29,6 +29,7 @@ from golddiff.explorer.runs import Explorer
 from golddiff.explorer.show import Screen
 from golddiff.explorer.web import application
 from golddiff.explorer.work import Busy, Worker
+from test_cli import call
 
 HERE = "http://127.0.0.1"
 
@@ -483,6 +484,14 @@ def test_the_worker_answers_questions_between_steps_and_survives_errors():
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_bank_is_refused_before_anything_is_served(capsys, tmp_path):
+    for source, message in (("no_such_bank", "no_such_bank"), (tmp_path / "gone.bank", "check the path")):
+        code, said, err = call(capsys, "serve", source, "--port", 0)
+        assert (code, said) == (2, "")
+        assert message in err
+        assert err.count("\n") == 1
 
 
 def test_nothing_ends_the_thread_that_computes(client, explorer, bank):

@@ -108,11 +108,11 @@ def copies(images: Tensor, bank: Bank) -> Copies:
     row, second, d1, d2 = rows[:, 0], rows[:, 1].clone(), distances[:, 0], distances[:, 1].clone()
     for count in TWINS:  # the second nearest is another image: not the same one, if the bank has it twice
         alike = _same(bank, row, second).nonzero()[:, 0]
-        if len(alike) == 0 or count > len(bank):
+        if len(alike) == 0:
             break
-        rows, distances = nearest_images(bank, images[alike.to(images.device)], count)
+        rows, distances = nearest_images(bank, images[alike.to(images.device)], min(count, len(bank)))
         for i, near, far in zip(alike.tolist(), rows, distances, strict=True):
-            place = int(_same(bank, row[i].expand(count), near).int().argmin())  # the nearest, if all are alike
+            place = int(_same(bank, row[i].expand(len(near)), near).int().argmin())  # the nearest, if all are alike
             second[i], d2[i] = near[place], far[place]
     return Copies(row, second, d1, d2)
 

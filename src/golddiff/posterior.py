@@ -33,7 +33,7 @@ class Sources:
     """
 
     @property
-    def rows_of(self) -> Bank | None:
+    def bank_of_rows(self) -> Bank | None:
         """Whose rows they are, if there are any."""
         return None
 
@@ -111,7 +111,7 @@ class Posterior:
     @property
     def bank(self) -> Bank | None:
         """The bank whose rows the weights are of; None where there are none."""
-        return self._sources.rows_of
+        return self._sources.bank_of_rows
 
     def pieces(self, b: int, pixels: Tensor | list[int] | None = None) -> Iterator[Piece]:
         """The same in pieces, whatever the kind of denoiser: together they hold each pixel once. With masks and windows
@@ -270,8 +270,8 @@ class _Merged(Sources):
         self._parts, self._home = parts, home
 
     @property
-    def rows_of(self) -> Bank | None:
-        return self._parts[0].rows_of
+    def bank_of_rows(self) -> Bank | None:
+        return self._parts[0].bank_of_rows
 
     def _of(self, b: int) -> tuple[Sources, int]:
         part, number = self._home[b]

@@ -69,11 +69,12 @@ class MaskedDenoiser(Denoiser):
     ) -> Posterior:
         support = self.subset.select(x_t, noise, self.locality, eligible, seed, label).owned(self.ranks)
         q, s = self.bank.query(x_t, noise)
+        exact = self.bank.query(x_t.double(), noise)
         together = len(x_t) if support.tiled else 1
         compiled = not self.legacy_batch and usable(self.bank, x_t, support.size * together)
         runs = self.locality.runs(noise[0], label, support.tiles) if compiled else None
         if runs is not None:
-            mean, log_total, ess = masked_softmax(self.bank, *self.bank.query(x_t.double(), noise), support, runs)
+            mean, log_total, ess = masked_softmax(self.bank, *exact, support, runs)
         elif support.tiled:
             mean, log_total, ess = self._tiled(q, s, self.locality.mask(noise[0], label), support)
         else:
@@ -81,9 +82,8 @@ class MaskedDenoiser(Denoiser):
 
         mean, log_total, ess = self.ranks.merged(mean, log_total, ess)
 
-        exact = x_t.double()
         columns = partial(self.locality.columns, noise[0], label)
-        sources = MaskedRows(self.bank, *self.bank.query(exact, noise), columns, support, self.legacy_batch)
+        sources = MaskedRows(self.bank, *exact, columns, support, self.legacy_batch)
         return Posterior(
             mean=self.bank.uncentred(mean).to(x_t.dtype).reshape(x_t.shape),
             log_evidence=(log_total - support.eligible.double().log()[:, None].to(x_t.device)).reshape(x_t.shape),

@@ -31,7 +31,7 @@ class Weighed(Sources):
         self.bank, self._weigh = bank, weigh
 
     @property
-    def rows_of(self) -> Bank:
+    def bank_of_rows(self) -> Bank:
         return self.bank
 
     def weights(self, b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ class MaskedRows(Sources):
         self._columns, self.legacy_batch = columns, legacy_batch
 
     @property
-    def rows_of(self) -> Bank:
+    def bank_of_rows(self) -> Bank:
         return self.bank
 
     def weights(self, b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
