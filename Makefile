@@ -10,7 +10,7 @@ demo: $(VENV)/demo.done ## sample 16 digits from 5,000 training images
 	$(BIN)/golddiff sample mnist5k --out runs/demo
 
 test: $(VENV)/dev.done lint ## lint, types and all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

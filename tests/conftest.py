@@ -14,6 +14,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cuda", help="device of the tests that compare one with the CPU")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes that test side by side (`-n auto`) share the cores."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The device that is compared with the CPU; tests are skipped where it is not there."""
