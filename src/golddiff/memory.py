@@ -1,0 +1,99 @@
+"""Whether work fits into memory, said before it begins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from .errors import GolddiffError
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
+__all__ = ["in_words", "require", "room"]
+
+ENDLESS = 2**60  # limits that are none
+GROUPS = Path("/sys/fs/cgroup")
+
+
+def room() -> int | None:
+    """Bytes that this process can still take: the least of what the machine, its control groups and its own limits
+    leave. None where the system does not say."""
+    left = [bytes_ for bytes_ in (_of_machine(), *_of_groups(), _of_address_space()) if bytes_ is not None]
+    return max(0, min(left)) if left else None
+
+
+def require(needed: int, what: str, advice: str) -> None:
+    """Refuses work that takes more memory than there is.
+
+    Arguments:
+        needed: bytes at its peak.
+        what: what takes them, for the message. advice: what to do instead.
+
+    Raises:
+        GolddiffError: it does not fit.
+    """
+    left = room()
+    if left is not None and needed > left:
+        raise GolddiffError(f"{what} needs {in_words(needed)} of memory and {in_words(left)} is left: {advice}")
+
+
+def in_words(count: float) -> str:
+    """`3221225472` -> `3.0 GiB`."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}" if unit != "bytes" else f"{int(count)} bytes"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _of_machine() -> int | None:
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    with suppress(OSError, ValueError, AttributeError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _of_groups() -> Iterator[int | None]:
+    """What the control groups of this process leave; files that are mapped count as free, as they can be let go."""
+    lines: list[str] = []
+    with suppress(OSError):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    for line in lines:
+        number, kinds, path = line.split(":", 2)
+        if number == "0":
+            yield from _limits(GROUPS, path, "memory.max", "memory.current", "inactive_file")
+        elif "memory" in kinds.split(","):
+            root = GROUPS / "memory"
+            yield from _limits(root, path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def _limits(root: Path, path: str, most: str, used: str, mapped: str) -> Iterator[int | None]:
+    """What each group from `path` up to the root leaves. In a container the path may be that outside of it."""
+    folder = root / path.strip("/")
+    for group in dict.fromkeys([folder, *folder.parents, root]):
+        if group != root and root not in group.parents:
+            continue
+        with suppress(OSError, ValueError):
+            limit = int((group / most).read_text())
+            if limit < ENDLESS:
+                stated = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                yield limit - int((group / used).read_text()) + int(stated.get(mapped, 0))
+
+
+def _of_address_space() -> int | None:
+    if resource is None:
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    with suppress(OSError, ValueError, IndexError):
+        return int(limit) - int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    return int(limit)
