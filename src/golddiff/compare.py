@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from .bank import Bank
 from .denoise import Denoiser, denoiser
 from .errors import GolddiffError
-from .files import replacing
+from .files import holding, is_empty, replacing
 from .metrics import agreement, evaluate, mean_and_error, reference_features
 from .noise import schedule_named
 from .oracle import Oracle
@@ -117,28 +118,26 @@ def compare(
         "held_out": None if held_out is None else [len(held_out), _hash(held_out)],
         "features": features,
     }
-    folder = _Folder(out, settings)
-    kept: dict[str, dict[str, np.ndarray]] = {}
-    work = _Work(bank, levels, schedule, held_out, batch)
-    guide = None
-    if oracle is not None:
-        guide = kept[ORACLE] = folder.make(f"{ORACLE}.npz", {}, lambda: work.of(oracle, listed, None, "oracle"))
-    for method, model in zip(parsed, denoisers, strict=True):
-        chosen = listed[: method.seeds]
-        stored = {"options": _plain(model.options), "seeds": chosen}
-        x_t = None if guide is None else torch.from_numpy(guide["x_t"][: len(chosen)])
-
-        def run(model: Denoiser = model, chosen: list[int] = chosen, x_t: Tensor | None = x_t, key: str = method.key):  # type: ignore[no-untyped-def]  # noqa: ANN202
-            return work.of(model, chosen, x_t, key)
-
-        kept[method.key] = folder.make(method.file, stored, run)
-    results = {
-        "settings": settings,
-        "times": [t for t, _ in levels],
-        "methods": {key: _summary(arrays, guide, bank, features) for key, arrays in kept.items()},
-    }
-    folder.write(results, kept, guide)
-    return results
+    with holding(out):
+        folder = _Folder(out, settings)
+        kept: dict[str, dict[str, np.ndarray]] = {}
+        work = _Work(bank, levels, schedule, held_out, batch)
+        guide = None
+        if oracle is not None:
+            guide = kept[ORACLE] = folder.make(f"{ORACLE}.npz", {}, lambda: work.of(oracle, listed, None, "oracle"))
+        for method, model in zip(parsed, denoisers, strict=True):
+            chosen = listed[: method.seeds]
+            stored = {"options": _plain(model.options), "seeds": chosen}
+            x_t = None if guide is None else torch.from_numpy(guide["x_t"][: len(chosen)])
+            run = partial(work.of, model, chosen, x_t, method.key)
+            kept[method.key] = folder.make(method.file, stored, run)
+        results = {
+            "settings": settings,
+            "times": [t for t, _ in levels],
+            "methods": {key: _summary(arrays, guide, bank, features) for key, arrays in kept.items()},
+        }
+        folder.write(results, kept, guide)
+        return results
 
 
 class _Work:
@@ -219,9 +218,7 @@ class _Folder:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
         file = path / SETTINGS
-        if path.exists() and not path.is_dir():
-            raise GolddiffError(f"{path} is a file: choose another --out")
-        if path.is_dir() and any(path.iterdir()) and not file.exists():
+        if not is_empty(path) and not file.exists():
             raise GolddiffError(f"{path} exists and holds no comparison: choose another --out")
         if file.exists():
             try:
@@ -233,7 +230,6 @@ class _Folder:
                 raise GolddiffError(
                     f"{path} holds a comparison with other {', '.join(different)}: choose another --out, or ask for it"
                 )
-        path.mkdir(parents=True, exist_ok=True)
         self._json(SETTINGS, settings)
 
     def make(self, name: str, stored: dict[str, Any], work: Any) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from .errors import GolddiffError
@@ -18,8 +18,18 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["cache_folder", "growing_folder", "half_written", "hash_file", "replacing", "sweep"]
+__all__ = [
+    "cache_folder",
+    "growing_folder",
+    "half_written",
+    "hash_file",
+    "holding",
+    "is_empty",
+    "replacing",
+    "sweep",
+]
 
+LOCK = ".lock"
 HALF_WRITTEN = re.compile(r"\.[0-9a-f]{8}-.+|\.tmp[A-Za-z0-9]{6}")
 
 
@@ -49,6 +59,11 @@ def half_written(path: Path) -> bool:
     return HALF_WRITTEN.fullmatch(path.name) is not None
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but what killed processes left."""
+    return all(path.name.startswith(LOCK) or half_written(path) for path in folder.iterdir())
+
+
 def sweep(folder: Path, before: float) -> None:
     """Removes what killed processes left half-written in a folder before a time (of `time.time`)."""
     for path in folder.iterdir():
@@ -72,7 +87,7 @@ def growing_folder(out: Path, stamp: str, worth_keeping: Callable[[Path], bool])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         before = out.stat().st_ino if out.exists() else None
-        with _alone(out.with_name(f".{out.name}-lock")):
+        with _locked(out.with_name(f".{out.name}-lock")):
             if out.exists() and out.stat().st_ino != before:
                 yield None
                 return
@@ -94,15 +109,48 @@ def growing_folder(out: Path, stamp: str, worth_keeping: Callable[[Path], bool])
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Holds a lock file, which is removed in the end; waits while another process holds it."""
+def holding(folder: Path, part: tuple[int, int] | None = None) -> Iterator[None]:
+    """Makes a folder and keeps it for this process while it works there. A lock that a killed process left is no lock.
+
+    Arguments:
+        part: `(i, n)` for the i-th of n processes that share the work of this folder; None for one that does all of it.
+
+    Raises:
+        GolddiffError: another process works there, or the folder cannot be written to.
+    """
+    busy = f"another process is at work in {folder}: wait until it has ended, or choose another --out"
+    with ExitStack() as locks:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(_locked(folder / LOCK, busy, shared=part is not None))
+            if part is not None:
+                locks.enter_context(_locked(folder / f"{LOCK}-{part[0] + 1}-of-{part[1]}", busy))
+        except FileExistsError as error:
+            raise GolddiffError(f"{folder} is a file: choose another --out") from error
+        except OSError as error:
+            raise GolddiffError(
+                f"{folder} cannot be written to ({error.strerror or error}): make room there, or choose another --out"
+            ) from error
+        yield
+
+
+@contextmanager
+def _locked(path: Path, busy: str | None = None, *, shared: bool = False) -> Iterator[None]:
+    """Holds a lock file, which the last to hold it removes.
+
+    While another process holds it, waits; or, where it says `busy`, raises that as an error.
+    """
     if fcntl is None:  # where there are no such locks
         yield
         return
+    kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if busy else 0)
     while True:
         file = path.open("w")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, kind)
+        except BlockingIOError as error:
+            file.close()
+            raise GolddiffError(busy or "") from error
         except OSError:  # a file system without locks
             break
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
@@ -111,7 +159,9 @@ def _alone(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while others share it
+            path.unlink(missing_ok=True)
         file.close()
 
 

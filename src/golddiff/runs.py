@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from .bank import Bank
 from .denoise import Denoiser
 from .errors import GolddiffError, unknown
-from .files import half_written, replacing, sweep
+from .files import holding, is_empty, replacing, sweep
 from .pictures import grid, save_png, to_uint8
 from .ranks import ALONE, Ranks
 from .recipe import Recipe
@@ -90,6 +91,24 @@ def run(
         raise GolddiffError(f"{denoiser.bank.shape[0]} channels are no pictures: use golddiff.sample from Python")
     if not 0 <= nearest <= len(denoiser.bank):
         raise GolddiffError(f"nearest is {nearest}: give a number from 0 to {len(denoiser.bank)}, the rows of the bank")
+    part = (ranks.rank, ranks.size) if apart else None
+    with holding(out, part) if ranks.is_first or apart else nullcontext():
+        return _run(denoiser, recipe, out, batch, save_steps, nearest, force, ranks, spread)
+
+
+def _run(
+    denoiser: Denoiser,
+    recipe: Recipe,
+    out: Path,
+    batch: int,
+    save_steps: bool,
+    nearest: int,
+    force: bool,
+    ranks: Ranks,
+    spread: str,
+) -> int:
+    """What `run` does in a folder that it holds."""
+    apart = ranks.size > 1 and not ranks.linked
     folder = _RunFolder(out, save_steps, denoiser.bank.decode)
     began = time.time()
     whole = folder.claim(recipe, force) if ranks.is_first or apart else recipe
@@ -174,16 +193,13 @@ class _RunFolder:
         return self.picture(seed).exists() and (not self.save_steps or self.steps(seed).exists())
 
     def claim(self, recipe: Recipe, force: bool) -> Recipe:
-        """Makes the folder and writes the recipe (with the seeds that are there already); refuses another's folder."""
+        """Writes the recipe (with the seeds that are there already) into the folder; refuses another's folder."""
         file = self.path / RECIPE
-        if self.path.exists():
-            others = self.path.is_dir() and [p for p in self.path.iterdir() if not half_written(p)]
-            if not self.path.is_dir() or (others and not file.exists()):
-                raise GolddiffError(f"{self.path} exists and is no run folder: choose another --out")
-            if file.exists() and not force:
-                recipe = self._continued(recipe, file)
+        if not file.exists() and not is_empty(self.path):
+            raise GolddiffError(f"{self.path} exists and is no run folder: choose another --out")
+        if file.exists() and not force:
+            recipe = self._continued(recipe, file)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             if force:
                 for old in self.path.iterdir():
                     if OURS.fullmatch(old.name):

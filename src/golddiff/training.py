@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .bank import Bank
 from .errors import GolddiffError
-from .files import half_written, replacing, sweep
+from .files import holding, is_empty, replacing, sweep
 from .golden import hashed
 
 __all__ = ["Training", "train_oracle"]
@@ -77,7 +77,12 @@ def train_oracle(bank: Bank, out: str | Path, training: Training, *, save_every:
         raise GolddiffError(
             "training an oracle needs the extra diffusers: pip install 'golddiff[diffusers]'"
         ) from error
-    out = Path(out)
+    with holding(Path(out)):
+        return _train(bank, Path(out), training, save_every, DDPMScheduler)
+
+
+def _train(bank: Bank, out: Path, training: Training, save_every: int, scheduler: Any) -> Path:
+    """What `train_oracle` does in a folder that it holds."""
     _claim(out, bank, training)
     if (out / "config.json").is_file():
         (out / STATE).unlink(missing_ok=True)  # it may have been killed right before that
@@ -87,7 +92,7 @@ def train_oracle(bank: Bank, out: str | Path, training: Training, *, save_every:
     model = _network(bank, training.width).to(device, memory_format=torch.channels_last)
     average = [p.detach().clone() for p in model.parameters()]
     optimiser = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=0.0)
-    schedule: Any = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    schedule = scheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
     table = schedule.alphas_cumprod.to(device)
     losses = _resume(out, model, average, optimiser)
     half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -168,11 +173,9 @@ def _pace(step: int, steps: int) -> float:
 
 
 def _claim(out: Path, bank: Bank, training: Training) -> None:
-    """Makes the folder and writes what is trained; refuses the folder of something else."""
+    """Writes into the folder what is trained there; refuses the folder of something else."""
     said = {"bank": bank.fingerprint, **asdict(training)}
     file = out / SETTINGS
-    if out.exists() and not out.is_dir():
-        raise GolddiffError(f"{out} is a file: choose another --out")
     if file.exists():
         try:
             before = json.loads(file.read_text())
@@ -180,9 +183,8 @@ def _claim(out: Path, bank: Bank, training: Training) -> None:
             raise GolddiffError(f"{file} is damaged ({error}): choose another --out") from error
         if before != said:
             raise GolddiffError(f"{out} holds a training with other settings: choose another --out, or ask the same")
-    elif out.exists() and not all(map(half_written, out.iterdir())):
+    elif not is_empty(out):
         raise GolddiffError(f"{out} exists and holds no training: choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
     sweep(out, time.time())
     with replacing(file) as part:
         part.write_text(json.dumps(said, indent=1) + "\n")
