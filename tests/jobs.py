@@ -1,10 +1,13 @@
-"""Long work in small, to be killed at any moment by tests/test_killed.py. Each job writes `folder / "out"`."""
+"""Long work in small, which tests kill, starve and watch in processes of its own. Each job writes `folder / "out"`."""
+
+import os
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import golddiff as gd
-from golddiff import prepare
+from golddiff import prepare, runs
 from golddiff.recipe import Recipe
 from golddiff.runs import run
 from golddiff.training import Training, train_oracle
@@ -52,3 +55,17 @@ def compare(folder):
 
 def train(folder):
     train_oracle(bank_of(folder), folder / "out", Training(images=320, batch=16, width=16), save_every=2)
+
+
+def long_run(folder, images):
+    """Resident memory after each batch of a run of many images, in `folder / "memory.npy"`, bytes."""
+    seen, add = [], runs._RunFolder.add
+
+    def noted(self, *batch):
+        add(self, *batch)
+        seen.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+
+    runs._RunFolder.add = noted
+    recipe, model = Recipe.resolve(gd.Bank.build("digits"), {"method": "optimal", "seeds": f"0-{images - 1}"})
+    run(model, recipe, folder / "out", batch=16)
+    np.save(folder / "memory.npy", [*seen, runs.peak_memory()])

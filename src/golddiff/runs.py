@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -242,11 +242,26 @@ class _RunFolder:
         done = [seed for seed in recipe.seeds if self.picture(seed).exists()]
         if not done:
             return
-        pictures = self.read(done)
-        self.save_npz(self.path / "samples.npz", arr_0=pictures, seeds=np.array(done))
-        save_png(grid(pictures[:IN_GRID]), self.path / "grid.png")
+        self._save_samples(done)
+        save_png(grid(self.read(done[:IN_GRID])), self.path / "grid.png")
         if followed := [seed for seed in done if self.steps(seed).exists()]:
             save_png(self._strips(followed[:SHOWN]), self.path / "trajectories.png")
+
+    def _save_samples(self, seeds: list[int]) -> None:
+        """`samples.npz`, some pictures at a time, so that memory does not grow with their number."""
+        shape = (len(seeds), *self.read(seeds[:1]).shape[1:])
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        with replacing(self.path / "samples.npz") as part, ZipFile(part, "w", ZIP_DEFLATED) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for start in range(0, len(seeds), IN_GRID):
+                    pictures = self.read(seeds[start : start + IN_GRID])
+                    if pictures.shape[1:] != shape[1:]:
+                        name = self.picture(seeds[start])
+                        raise GolddiffError(f"{name} is of another size: remove it, and it is made again")
+                    file.write(pictures.tobytes())
+            with archive.open("seeds.npy", "w") as file:
+                np.lib.format.write_array(file, np.array(seeds))
 
     def read(self, seeds: list[int]) -> np.ndarray:
         """The pictures of seeds, `(N, H, W, C)` uint8."""
