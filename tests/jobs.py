@@ -59,7 +59,7 @@ def train(folder):
 
 def long_run(folder, images):
     """Resident memory after each batch of a run of many images, in `folder / "memory.npy"`, bytes."""
-    seen, add = [], runs._RunFolder.add
+    seen, add, peak = [], runs._RunFolder.add, runs.memory_since()
 
     def noted(self, *batch):
         add(self, *batch)
@@ -68,4 +68,4 @@ def long_run(folder, images):
     runs._RunFolder.add = noted
     recipe, model = Recipe.resolve(gd.Bank.build("digits"), {"method": "optimal", "seeds": f"0-{images - 1}"})
     run(model, recipe, folder / "out", batch=16)
-    np.save(folder / "memory.npy", [*seen, runs.peak_memory()])
+    np.save(folder / "memory.npy", [*seen, peak()])

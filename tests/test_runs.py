@@ -63,6 +63,11 @@ def test_another_bank_is_refused(tmp_path, capsys):
     stored = json.loads(recipe.read_text())
     stored["bank"]["path"] = str(tmp_path / "gone")
     recipe.write_text(json.dumps(stored))
+    code, _, err = call(capsys, "sample", "--recipe", recipe, "--out", tmp_path / "again")
+    assert code == 2
+    assert "if you changed it, remove its checksum" in err
+    del stored["checksum"]
+    recipe.write_text(json.dumps(stored))
     assert call(capsys, "sample", "--recipe", recipe, "--out", tmp_path / "again")[0] == 0
     assert np.array_equal(pictures(tmp_path / "again"), pictures(out))
     stored["bank"]["fingerprint"] = "0" * 32

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
-import json
 import math
 import os
 import secrets
@@ -23,8 +22,9 @@ from tqdm import tqdm
 
 from .derived import Derived
 from .errors import GolddiffError, unknown
-from .files import growing_folder, hash_file
+from .files import growing_folder, hash_edges, hash_file
 from .images import NO_LABEL, Images, open_source
+from .jsons import as_written, checksum, read_json, sealed, write_json
 from .latents import Latents, reopened, same_as
 from .latents import latents as latents_in
 from .noise import Noise
@@ -262,8 +262,8 @@ class Bank:
         with ThreadPoolExecutor() as pool:
             hashes = pool.map(hash_file, [folder / f"{name}.npy" for name in ARRAYS])
             meta["hashes"] = dict(zip(ARRAYS, hashes, strict=True))
-        meta["checksum"] = _checksum(meta)
-        (folder / META).write_text(json.dumps(meta, indent=1))
+        meta["edges"] = {name: hash_edges(folder / f"{name}.npy") for name in ARRAYS}
+        write_json(folder / META, sealed(meta))
         bank = cls.open(folder)
         if bank.D <= LARGEST_EIGENBASIS:  # larger: when it is first needed
             with tqdm(total=1, desc="spectrum", disable=None if progress else True) as bar:
@@ -274,31 +274,12 @@ class Bank:
 
     @classmethod
     def open(cls, path: str | Path) -> Bank:
-        """Opens a built bank; its arrays are mapped, not read."""
+        """Opens a built bank; its arrays are mapped, not read but for their edges, which are checked."""
         path = Path(path)
         if not (path / META).is_file():
             raise GolddiffError(f"{path} is not a bank (it has no {META}): make one with golddiff bank build")
-        try:
-            meta = json.loads((path / META).read_text())
-            version = meta["format"]
-            for key, kind in (("arrays", dict), ("classes", list), ("source", dict), ("fingerprint", str)):
-                if version == FORMAT and not isinstance(meta[key], kind):
-                    raise TypeError(f"{key} is no {kind.__name__}")
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise GolddiffError(f"{path / META} is damaged ({error}): build the bank again") from error
-        if version != FORMAT:
-            raise GolddiffError(f"{path} is a bank of format {version}, this is {FORMAT}: build it again")
-        arrays = {}
-        for name in ARRAYS:
-            try:
-                # copy-on-write: torch wants writable memory, the file is never written to
-                arrays[name] = np.load(path / f"{name}.npy", mmap_mode="c", allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                raise GolddiffError(f"{path}/{name}.npy cannot be opened ({error}): build it again") from error
-            found, stated = described(arrays[name]), meta["arrays"].get(name)
-            if found != stated:
-                raise GolddiffError(f"{path}/{name}.npy is {found}, not {stated}: build the bank again")
-        return cls(arrays, meta, path)
+        meta = _read_meta(path / META)
+        return cls({name: _mapped(path / f"{name}.npy", meta) for name in ARRAYS}, meta, path)
 
     @classmethod
     def _open_as_is(cls, path: Path, options: dict[str, Any]) -> Bank:
@@ -320,7 +301,9 @@ class Bank:
         """
         if self.path is None:
             raise GolddiffError("this bank lives in memory, or is a view: it has no files to verify")
-        wrong = [] if self.meta.get("checksum") == _checksum(self.meta) else [f"{META}: its content was changed"]
+        wrong = []
+        if not as_written(self.path / META):
+            wrong.append(f"{META}: its content was changed")
         for name in ARRAYS:
             if hash_file(self.path / f"{name}.npy") != (self.meta.get("hashes") or {}).get(name):
                 wrong.append(f"{name}.npy: its bytes are not those of the build")
@@ -357,7 +340,7 @@ class Bank:
         """
         if statistics not in ("recompute", "keep"):
             raise unknown("statistics", statistics, ("recompute", "keep"))
-        whole = self._whole or self
+        whole = self.whole
         gone = [self.removed, whole._checked_rows(rows)]
         if isinstance(labels, Tensor | np.ndarray):
             labels = labels.tolist()
@@ -397,6 +380,11 @@ class Bank:
         if not whole or chosen.ndim != 1 or bool(((chosen < 0) | (chosen >= len(self.pixels))).any()):
             raise wrong
         return chosen.long()
+
+    @property
+    def whole(self) -> Bank:
+        """This bank with the images that were removed."""
+        return self._whole or self
 
     @property
     def rows(self) -> Tensor:
@@ -589,10 +577,34 @@ def _check_free(out: Path, force: bool) -> None:
         raise GolddiffError(f"{out} exists and is no bank, so it is not replaced: choose another folder")
 
 
-def _checksum(meta: dict[str, Any]) -> str:
-    """Hash of the metadata without the checksum itself."""
-    plain = json.dumps({k: v for k, v in meta.items() if k != "checksum"}, sort_keys=True)
-    return hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
+def _read_meta(file: Path) -> dict[str, Any]:
+    """The metadata of a bank, checked."""
+    again = "build the bank again"
+    meta = read_json(file, again)
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        version = meta.get("format") if isinstance(meta, dict) else None
+        raise GolddiffError(f"{file} is of format {version}, this is {FORMAT}: {again}")
+    if meta.get("checksum") != checksum(meta):
+        raise GolddiffError(f"{file} was changed after it was written: {again}")
+    for key, kind in (("arrays", dict), ("classes", list), ("source", dict), ("fingerprint", str)):
+        if not isinstance(meta.get(key), kind):
+            raise GolddiffError(f"{file} is damaged ({key} is no {kind.__name__}): {again}")
+    return meta
+
+
+def _mapped(file: Path, meta: dict[str, Any]) -> np.ndarray:
+    """An array of a bank, if its file begins and ends as it was built."""
+    try:
+        if hash_edges(file) != (meta.get("edges") or {}).get(file.stem):
+            raise ValueError("it is not the file of the build")
+        # copy-on-write: torch wants writable memory, the file is never written to
+        array: np.ndarray = np.load(file, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise GolddiffError(f"{file} cannot be opened ({error}): build the bank again") from error
+    found, stated = described(array), meta["arrays"].get(file.stem)
+    if found != stated:
+        raise GolddiffError(f"{file} is {found}, not {stated}: build the bank again")
+    return array
 
 
 def _tensor(array: Any) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from tqdm import tqdm
 from .bank import Bank
 from .denoise import denoiser
 from .errors import GolddiffError
-from .files import replacing
+from .jsons import sealed, write_json
 from .noise import schedule_named
 from .oracle import Oracle
 from .sample import trajectory
@@ -76,8 +75,7 @@ def calibrate(
         "sides": tried,
         "cosine": similarity.tolist(),
     }
-    with replacing(Path(out)) as partial:
-        partial.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(Path(out), sealed(found))
     return found
 
 

@@ -23,6 +23,7 @@ from .bank import Bank
 from .denoise import Denoiser, denoiser
 from .errors import GolddiffError
 from .files import holding, is_empty, replacing
+from .jsons import read_json, write_json
 from .metrics import agreement, evaluate, mean_and_error, reference_features
 from .noise import schedule_named
 from .oracle import Oracle
@@ -221,11 +222,10 @@ class _Folder:
         if not is_empty(path) and not file.exists():
             raise GolddiffError(f"{path} exists and holds no comparison: choose another --out")
         if file.exists():
-            try:
-                before = json.loads(file.read_text())
-                different = [key for key in settings if before.get(key) != settings[key]]
-            except (ValueError, AttributeError) as error:
-                raise GolddiffError(f"{file} is damaged ({error}): choose another --out, or remove it") from error
+            before = read_json(file, "choose another --out, or remove it")
+            if not isinstance(before, dict):
+                raise GolddiffError(f"{file} is damaged: choose another --out, or remove it")
+            different = [key for key in settings if before.get(key) != settings[key]]
             if different:
                 raise GolddiffError(
                     f"{path} holds a comparison with other {', '.join(different)}: choose another --out, or ask for it"
@@ -261,8 +261,7 @@ class _Folder:
         _plot(results, self.path / "steps.png")
 
     def _json(self, name: str, content: Any) -> None:
-        with replacing(self.path / name) as part:
-            part.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(self.path / name, content)
 
 
 def _hash(tensor: Tensor) -> str:

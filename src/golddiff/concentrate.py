@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from .errors import GolddiffError
 from .files import replacing
 from .golden import Budget
 from .importance import LocalSubset
+from .jsons import write_json
 from .locality import Masked
 from .noise import Noise, schedule_named
 from .posterior import softmax_of_rows
@@ -141,8 +141,7 @@ def _bands(values: Tensor) -> dict[str, list[float]]:
 
 
 def _write(result: dict[str, Any], out: Path, count: int) -> None:
-    with replacing(out / "concentrate.json") as part:
-        part.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(out / "concentrate.json", result)
     with replacing(out / "table.md") as part:
         part.write_text(table(result, count))
     _plot(result, out / "concentrate.png", count)

@@ -66,7 +66,9 @@ class Derived:
         wrong = []
         for file in sorted(self.folder.glob("*.safetensors")) if self.folder else ():
             try:
-                _read(file)
+                metadata, _ = _read(file)
+                if not self._stamp.items() <= metadata.items():
+                    wrong.append(f"{file.name}: it is of another bank or version, remove it")
             except GolddiffError as error:
                 wrong.append(str(error))
         return wrong

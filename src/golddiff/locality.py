@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import abc
 import hashlib
-import json
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch.nn import functional
 
 from .bank import Bank
 from .errors import GolddiffError, unknown
+from .jsons import read_json, unsealed
 from .noise import EDM, Noise
 
 __all__ = [
@@ -38,6 +38,7 @@ MASK_RULES = ("output", "correlation", "published")
 BYTES_IN_MEMORY = 2**28
 LARGEST_MASK = 2**28  # entries of a window's mask
 WORTH_KEEPING = 4096  # pixels from which runs of a mask are kept with the bank
+CALIBRATION = ("windows", "method", "bank", "seeds", "times", "sides", "cosine", "checksum")  # keys of its file
 TILE = 1024  # pixels of one prefix sum, see kernels.py
 Sums = Callable[..., Tensor]
 PUBLISHED_WINDOWS = list(zip(EDM().times(18), [32] * 7 + [23, 15, 11, 7, 5] + [3] * 6, strict=True))
@@ -205,18 +206,19 @@ class Windows:
         sides: None for the table of PSPC, scaled to the image; one side for all levels; a table of pairs
             `[sigma / alpha, side]`; or the file of a calibration (JSON with such a table as `windows`).
         shape: `(C, H, W)` of the images.
+        banks: fingerprints, of which a calibration must have one; empty for any.
 
     Raises:
         GolddiffError: a table that is none, or a side that is no whole number of at least 1.
     """
 
-    def __init__(self, sides: Any, shape: tuple[int, int, int]) -> None:
+    def __init__(self, sides: Any, shape: tuple[int, int, int], banks: Sequence[str] = ()) -> None:
         if sides is None:
             largest = max(shape[1:])
             scaled = [[rho, _odd(side * largest / 32)] for rho, side in PUBLISHED_WINDOWS if side < 32]
             sides = [[rho, 2 * largest - 1] for rho, side in PUBLISHED_WINDOWS if side >= 32] + scaled
         elif isinstance(sides, str | Path):
-            sides = _read_windows(Path(sides))
+            sides = _read_windows(Path(sides), banks)
         elif type(sides) is int:
             sides = [[1.0, sides]]
         wrong = GolddiffError(f"window is {sides!r}: give an odd side, a table of [sigma / alpha, side], or a file")
@@ -243,11 +245,21 @@ def _odd(side: float) -> int:
     return max(3, 2 * round((side - 1) / 2) + 1)
 
 
-def _read_windows(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())["windows"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GolddiffError(f"{path} is no calibration ({error}): make one with golddiff calibrate") from error
+def _read_windows(path: Path, banks: Sequence[str]) -> Any:
+    """The table of a calibration file, which must be of one of these banks if it names one."""
+    fix = "make a calibration with golddiff calibrate"
+    found = read_json(path, fix)
+    if not isinstance(found, dict) or "windows" not in found:
+        raise GolddiffError(f"{path} has no windows: {fix}")
+    for key in found:
+        if key not in CALIBRATION:
+            raise unknown(f"key in {path}", key, CALIBRATION)
+    found = unsealed(found, path)
+    if banks and found.get("bank", banks[0]) not in banks:
+        raise GolddiffError(
+            f"{path} was made with another bank: {fix}, or take its bank and its checksum out to use it all the same"
+        )
+    return found["windows"]
 
 
 class Window(Masked):

@@ -37,7 +37,8 @@ __all__ = [
     "stamp",
 ]
 
-FORMAT = 1
+FORMAT = 2  # of the folder of a bank
+HASHED = 1  # of what goes into a fingerprint
 BLOCK = 1024
 JOURNAL = "journal.npz"
 NOTE_EVERY = 10.0  # seconds
@@ -171,7 +172,7 @@ def fill(
 
 
 def _hash_digests(shape: tuple[int, ...], dtype: np.dtype, digests: np.ndarray) -> str:
-    head = json.dumps([FORMAT, list(shape), dtype.str]).encode()
+    head = json.dumps([HASHED, list(shape), dtype.str]).encode()
     return hashlib.blake2b(head + digests.tobytes(), digest_size=16).hexdigest()
 
 

@@ -13,8 +13,8 @@ import yaml
 from .bank import Bank
 from .denoise import METHODS, Denoiser, denoiser
 from .errors import GolddiffError, unknown
-from .files import replacing
 from .images import NO_LABEL
+from .jsons import read_json, sealed, unsealed, write_json
 from .latents import reopened
 from .noise import SCHEDULES
 from .sample import SAMPLERS, Step, levels_from, sampler_named, trajectory
@@ -129,14 +129,19 @@ class Recipe:
         """Whether another recipe (as read from its file) gives a seed the same image."""
 
         def essence(recipe: dict[str, Any]) -> dict[str, Any]:
-            return {"start": None, **recipe, "seeds": None, "bank": dict(recipe.get("bank") or {}).get("fingerprint")}
+            return {
+                "start": None,
+                **recipe,
+                "checksum": None,
+                "seeds": None,
+                "bank": dict(recipe.get("bank") or {}).get("fingerprint"),
+            }
 
         return essence(json.loads(json.dumps(asdict(self)))) == essence(settings)
 
     def save(self, path: Path) -> None:
-        """Writes the recipe as JSON."""
-        with replacing(path) as part:
-            part.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        """Writes the recipe as JSON, with a checksum."""
+        write_json(path, sealed(asdict(self)))
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -146,13 +151,17 @@ def read_settings(path: Path) -> dict[str, Any]:
         GolddiffError: no such file, not YAML or JSON, unknown keys, or a recipe of another format.
     """
     try:
-        settings = yaml.safe_load(path.read_text())
+        if path.suffix == ".json":
+            settings = read_json(path, "take it from a copy, or write it again")
+        else:
+            settings = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise GolddiffError(f"recipe {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise GolddiffError(f"recipe {path} is neither YAML nor JSON ({' '.join(str(error).split())[:120]})") from error
     if not isinstance(settings, dict):
         raise GolddiffError(f"recipe {path} holds no settings: write lines such as 'method: golddiff'")
+    settings = unsealed(settings, path)
     known = {field.name for field in fields(Recipe)}
     for key in settings:
         if key not in known:

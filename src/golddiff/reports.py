@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from .denoise import Denoiser, denoiser
 from .errors import GolddiffError
 from .files import replacing
 from .images import NO_LABEL, Images
+from .jsons import write_json
 from .metrics import Copies, copies
 from .pictures import framed, grid, rgb, save_png, to_uint8
 from .recipe import Recipe
@@ -121,8 +121,7 @@ def attribution_report(
     rows += [(f"step {n}", found[n]) for n in shown if n != number]
     _make(out)
     _write_csv(out / "sources.csv", ("row", "id", "label", "share"), _sources(image))
-    with replacing(out / "attribution.json") as part:
-        part.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(out / "attribution.json", result)
     if _is_picture(bank):
         save_png(_panel(rows, top), out / "panel.png")
     return result
@@ -257,8 +256,7 @@ def audit_report(bank: Bank, samples: Images, x: Tensor, out: Path) -> dict[str,
     _make(out)
     head = ("image", "row", "id", "label", "second", "d1", "d2", "ratio", "copy")
     _write_csv(out / "audit.csv", head, _audited(bank, samples, found))
-    with replacing(out / "audit.json") as part:
-        part.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(out / "audit.json", result)
     if _is_picture(bank):
         save_png(_audit_panel(bank, samples, x, found, order[:IN_PANEL]), out / "panel.png")
     return result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -26,6 +25,7 @@ from .bank import Bank
 from .denoise import Denoiser
 from .errors import GolddiffError, unknown
 from .files import holding, is_empty, replacing, sweep
+from .jsons import read_json, unsealed, write_json
 from .pictures import grid, save_png, to_uint8
 from .ranks import ALONE, Ranks
 from .recipe import Recipe
@@ -216,9 +216,11 @@ class _RunFolder:
     def _continued(self, recipe: Recipe, file: Path) -> Recipe:
         """The recipe with the seeds of both runs, if they make the same images."""
         try:
-            before = json.loads(file.read_text())
+            before = unsealed(read_json(file, "give --force to start again"), file)
             earlier = [int(seed) for seed in before["seeds"]]
             same = recipe.same_images(before)
+        except GolddiffError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise GolddiffError(f"{file} is damaged ({error}): give --force to start again") from error
         if not same:
@@ -297,8 +299,7 @@ class _RunFolder:
             np.savez_compressed(file, **arrays)
 
     def save_json(self, name: str, content: dict[str, Any]) -> None:
-        with replacing(self.path / name) as part:
-            part.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(self.path / name, content)
 
 
 def _neighbours(bank: Bank, folder: _RunFolder, seeds: list[int], count: int) -> Image.Image:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from .bank import Bank
 from .errors import GolddiffError
 from .files import holding, is_empty, replacing, sweep
 from .golden import hashed
+from .jsons import read_json, write_json
 
 __all__ = ["Training", "train_oracle"]
 
@@ -127,8 +127,8 @@ def _train(bank: Bank, out: Path, training: Training, save_every: int, scheduler
     final = model.to("cpu", memory_format=torch.contiguous_format)
     with replacing(out / "diffusion_pytorch_model.safetensors") as part:
         save_file({k: v.contiguous() for k, v in final.state_dict().items()}, part, metadata={"format": "pt"})
-    with replacing(out / "config.json") as part:  # last: its presence says that all is there
-        part.write_text(json.dumps({"_class_name": "UNet2DModel", **_plain(final.config)}, indent=1) + "\n")
+    # last: its presence says that all is there
+    write_json(out / "config.json", {"_class_name": "UNet2DModel", **_plain(final.config)})
     (out / STATE).unlink()
     return out
 
@@ -177,17 +177,12 @@ def _claim(out: Path, bank: Bank, training: Training) -> None:
     said = {"bank": bank.fingerprint, **asdict(training)}
     file = out / SETTINGS
     if file.exists():
-        try:
-            before = json.loads(file.read_text())
-        except ValueError as error:
-            raise GolddiffError(f"{file} is damaged ({error}): choose another --out") from error
-        if before != said:
+        if read_json(file, "choose another --out") != said:
             raise GolddiffError(f"{out} holds a training with other settings: choose another --out, or ask the same")
     elif not is_empty(out):
         raise GolddiffError(f"{out} exists and holds no training: choose another --out")
     sweep(out, time.time())
-    with replacing(file) as part:
-        part.write_text(json.dumps(said, indent=1) + "\n")
+    write_json(file, said)
 
 
 def _save(out: Path, model: Any, average: list[Tensor], optimiser: Any, losses: list[float]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from ..calibrate import calibrate
 from ..compare import compare
 from ..concentrate import concentrate
 from ..errors import GolddiffError
-from ..files import replacing
 from ..images import open_source
+from ..jsons import write_json
 from ..metrics import evaluate
 from ..noise import SCHEDULES
 from ..oracle import PREDICTIONS, oracle
@@ -116,8 +115,7 @@ def evaluate_command(
     images = samples_of(samples, size=size, layout=layout)
     found = evaluate(in_range_of(held, images), held, features)
     if out:
-        with replacing(out) as part:
-            part.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(out, found)
     click.echo(f"images         {found['images']}, beside {len(held)} of the bank, features {features}")
     for name, (value, error) in found.get("sets", {}).items():
         click.echo(f"{name:14} {value:.4g}" + (f" ± {error:.2g}" if math.isfinite(error) else ""))

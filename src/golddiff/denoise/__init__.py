@@ -109,7 +109,7 @@ def denoiser(name: str, bank: Bank, **options: Any) -> Denoiser:
         return NeighbourProposals(bank, chosen["neighbours"], chosen["draws"], chosen)
     windows = None
     if "window" in chosen and chosen.get("locality", "ls") == "ls":
-        windows = Windows(chosen["window"], bank.shape)
+        windows = Windows(chosen["window"], bank.shape, (bank.fingerprint, bank.whole.fingerprint))
         chosen["window"] = windows.table
         if name == "pspc":
             return CropDenoiser(bank, windows, chosen)
