@@ -14,7 +14,7 @@ from torch import Tensor
 from ..bank import Bank
 from ..denoise import Denoiser, denoiser
 from ..errors import GolddiffError, unknown
-from ..files import replacing
+from ..jsons import read_json, sealed, unsealed, write_json
 from ..noise import DDPM, Noise, noise_of_sigma, noise_of_table, scheduler_kind
 from ..posterior import Posterior
 from ..recipe import open_bank
@@ -92,13 +92,12 @@ class GoldDiffPipeline(DiffusionPipeline):
         known = {**bank.source, "path": str(bank.path.resolve()), "fingerprint": bank.fingerprint}
         try:
             said = {"bank": known, "method": self._recipe["method"], "options": self.denoiser.options}
-            text = json.dumps(said, indent=1)
+            json.dumps(said)
         except TypeError as error:
             raise GolddiffError(f"an option cannot be saved ({error}): leave it out and give it later") from error
         folder = Path(save_directory)
         self.scheduler.save_pretrained(folder / "scheduler")
-        with replacing(folder / RECIPE) as part:
-            part.write_text(text + "\n")
+        write_json(folder / RECIPE, sealed(said))
 
     @property
     def device(self) -> torch.device:
@@ -239,14 +238,17 @@ class GoldDiffPipeline(DiffusionPipeline):
 def _kept(folder: Path, scheduler: Any) -> tuple[Bank, dict[str, Any], Any]:
     """Bank, method and options, and scheduler of a folder that `save_pretrained` wrote."""
     try:
-        kept = json.loads((folder / RECIPE).read_text())
+        kept = unsealed(read_json(folder / RECIPE, "save it again"), folder / RECIPE)
         if not isinstance(kept["options"], dict):
             raise TypeError("options are no dictionary")
         if scheduler is None:
-            stated = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+            stated = read_json(folder / "scheduler" / "scheduler_config.json", "save it again")
             import diffusers
 
-            scheduler = getattr(diffusers, stated["_class_name"]).from_config(stated)
+            kind = getattr(diffusers, stated["_class_name"])
+            if not issubclass(kind, diffusers.SchedulerMixin):
+                raise TypeError(f"{kind.__name__} is no scheduler")
+            scheduler = kind.from_config(stated)
         return open_bank(kept["bank"]), kept, scheduler
     except GolddiffError:
         raise

@@ -10,6 +10,7 @@ import torch
 
 from ..bank import Bank
 from ..errors import GolddiffError
+from ..jsons import as_written
 from ..pictures import grid, save_png, to_uint8
 from ..spectrum import LARGEST_EIGENBASIS, Spectrum
 from .common import app, listed, source_options
@@ -53,14 +54,20 @@ def bank_info(path: str) -> None:
             click.echo(f"sheet        not drawn: {error}")
 
 
-@bank.command("verify", short_help="Check every byte of a bank.")
-@click.argument("path", metavar="BANK")
-def bank_verify(path: str) -> None:
-    """Check every byte of a bank against the hashes of its build."""
-    wrong = _built(path).verify()
-    if wrong:
-        raise GolddiffError(f"{path} is damaged, build it again: {'; '.join(wrong)}")
-    click.echo(f"{path}: all is as it was built")
+@bank.command("verify", short_help="Check every byte of banks, recipes and calibrations.")
+@click.argument("paths", metavar="BANK...", nargs=-1, required=True)
+def bank_verify(paths: tuple[str, ...]) -> None:
+    """Check every byte of a BANK against the hashes of its build, and what was derived from it: spectra, masks, cells.
+
+    Recipes and calibrations (FILE.json) are checked against their checksums.
+    """
+    for path in paths:
+        if Path(path).suffix == ".json" and Path(path).is_file():
+            if not as_written(Path(path)):
+                raise GolddiffError(f"{path} is not as it was written, or has no checksum: take it from a copy")
+        elif wrong := _built(path).verify():
+            raise GolddiffError(f"{path} is damaged, build it again: {'; '.join(wrong)}")
+        click.echo(f"{path}: all is as it was built")
 
 
 def _built(path: str) -> Bank:
