@@ -1,18 +1,23 @@
 """Long work in small, which tests kill, starve and watch in processes of its own. Each job writes `folder / "out"`."""
 
+import json
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 
 import golddiff as gd
 from golddiff import prepare, runs
 from golddiff.recipe import Recipe
+from golddiff.reports import attribution_report, audit_report
 from golddiff.runs import run
 from golddiff.training import Training, train_oracle
 
 torch.set_num_threads(1)
+TIMES = ("seconds", "memory")  # of what a comparison keeps
 
 
 def pictures(count=2400, side=16):
@@ -69,3 +74,96 @@ def long_run(folder, images):
     recipe, model = Recipe.resolve(gd.Bank.build("digits"), {"method": "optimal", "seeds": f"0-{images - 1}"})
     run(model, recipe, folder / "out", batch=16)
     np.save(folder / "memory.npy", [*seen, peak()])
+
+
+def calibrate(folder):
+    bank = bank_of(folder)
+    network = gd.oracle(lambda x, t: x, bank, prediction="sample", schedule="ddpm")
+    gd.calibrate(bank, network, folder / "out" / "windows.json", seeds=range(2), sides=[3, 5], steps=2)
+
+
+def attribute(folder):
+    recipe, model = Recipe.resolve(bank_of(folder), {"method": "optimal", "seeds": [0], "steps": 3})
+    attribution_report(recipe, model, folder / "out")
+
+
+def audit(folder):
+    pictures = gd.open_source(np.load(folder / "pixels.npy")[:12])
+    audit_report(bank_of(folder), pictures, bank_of(folder).images(slice(0, 12)), folder / "out")
+
+
+def concentrate(folder):
+    (folder / "out").mkdir(exist_ok=True)
+    gd.concentrate(bank_of(folder), folder / "out", count=2, steps=2)
+
+
+def derive(folder):
+    """Statistics and masks, which are kept beside the bank."""
+    gd.sample(gd.denoiser("pca", bank_of(folder)), [0], steps=2)
+
+
+def told(job, folder, said):
+    """Does a job and writes down the error that it ended with, if any."""
+    try:
+        globals()[job](folder)
+    except BaseException as error:
+        said.write_text(f"{type(error).__name__}: {error}")
+
+
+def starved(room, job, folder, said):
+    """The same with so many bytes of address space left."""
+    with Path("/proc/self/statm").open() as file:
+        now = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (now + room, now + room))
+    told(job, folder, said)
+
+
+# what is left when a job has ended, or was ended: valid, and in the end as of an undisturbed job in `whole`
+
+
+def arrays(path):
+    with np.load(path) as kept:
+        return {name: kept[name] for name in kept.files if name not in TIMES}
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def check_build(out, whole, ended):
+    if out.exists():
+        assert gd.Bank.open(out).verify() == []
+        for path in whole.glob("*.npy"):
+            assert (out / path.name).read_bytes() == path.read_bytes()
+    assert out.exists() or not ended
+
+
+def check_sample(out, whole, ended):
+    for path in [*out.glob("seed*.png"), *out.glob("seed*.npz")]:
+        assert path.read_bytes() == (whole / path.name).read_bytes()
+    if ended:
+        made = {p.name for p in whole.iterdir()} - {"metrics.json"}  # of the images of one call, if it made any
+        assert {p.name for p in out.iterdir()} - {"metrics.json"} == made
+        assert same(arrays(out / "samples.npz"), arrays(whole / "samples.npz"))
+
+
+def check_compare(out, whole, ended):
+    for path in out.rglob("*.npz"):
+        if not path.name.startswith("."):
+            assert same(arrays(path), arrays(whole / path.relative_to(out)))
+    if ended:
+        ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (out, whole))
+        for name, found in theirs["methods"].items():
+            for key in ("d1", "copies", "images"):
+                assert ours["methods"][name][key] == found[key]
+
+
+def check_train(out, whole, ended):
+    state = out / "state.safetensors"
+    if state.exists():
+        assert all(np.isfinite(array).all() for array in load_file(state).values())
+    if (out / "config.json").exists():
+        assert gd.oracle(out, gd.Bank.open(out.parent / "bank")) is not None
+        name = "diffusion_pytorch_model.safetensors"
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert not ended or {p.name for p in out.iterdir()} == {p.name for p in whole.iterdir()}

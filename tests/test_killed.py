@@ -4,7 +4,6 @@ where an undisturbed run does.
 `GOLDDIFF_KILLS=50` kills each kind of work so often; a few times otherwise.
 """
 
-import json
 import multiprocessing
 import os
 import random
@@ -12,15 +11,11 @@ import shutil
 import signal
 import time
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-import golddiff as gd
 import jobs
 
 KILLS = int(os.environ.get("GOLDDIFF_KILLS", "3"))
-TIMES = ("seconds", "memory")  # of what a comparison keeps
 
 
 @pytest.fixture(scope="module")
@@ -38,59 +33,11 @@ def started(server, job, folder):
     return process
 
 
-def arrays(path):
-    with np.load(path) as kept:
-        return {name: kept[name] for name in kept.files if name not in TIMES}
-
-
-def same(ours, theirs):
-    return ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
-
-
-def check_build(out, whole, ended):
-    if out.exists():
-        assert gd.Bank.open(out).verify() == []
-        for path in whole.glob("*.npy"):
-            assert (out / path.name).read_bytes() == path.read_bytes()
-    assert out.exists() or not ended
-
-
-def check_sample(out, whole, ended):
-    for path in [*out.glob("seed*.png"), *out.glob("seed*.npz")]:
-        assert path.read_bytes() == (whole / path.name).read_bytes()
-    if ended:
-        made = {p.name for p in whole.iterdir()} - {"metrics.json"}  # of the images of one call, if it made any
-        assert {p.name for p in out.iterdir()} - {"metrics.json"} == made
-        assert same(arrays(out / "samples.npz"), arrays(whole / "samples.npz"))
-
-
-def check_compare(out, whole, ended):
-    for path in out.rglob("*.npz"):
-        if not path.name.startswith("."):
-            assert same(arrays(path), arrays(whole / path.relative_to(out)))
-    if ended:
-        ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (out, whole))
-        for name, found in theirs["methods"].items():
-            for key in ("d1", "copies", "images"):
-                assert ours["methods"][name][key] == found[key]
-
-
-def check_train(out, whole, ended):
-    state = out / "state.safetensors"
-    if state.exists():
-        assert all(np.isfinite(array).all() for array in load_file(state).values())
-    if (out / "config.json").exists():
-        assert gd.oracle(out, gd.Bank.open(out.parent / "bank")) is not None
-        name = "diffusion_pytorch_model.safetensors"
-        assert (out / name).read_bytes() == (whole / name).read_bytes()
-    assert not ended or {p.name for p in out.iterdir()} == {p.name for p in whole.iterdir()}
-
-
 @pytest.mark.parametrize("job", ["build", "sample", "compare", "train"])
 def test_killed_at_random_moments(server, tmp_path, job):
     if job == "train":
         pytest.importorskip("diffusers", reason="the extra diffusers is not there")
-    check = globals()[f"check_{job}"]
+    check = getattr(jobs, f"check_{job}")
     jobs.prepared(tmp_path)
     began = time.monotonic()
     undisturbed = started(server, job, tmp_path)

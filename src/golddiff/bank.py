@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 import importlib.util
 import math
@@ -27,6 +28,7 @@ from .images import NO_LABEL, Images, open_source
 from .jsons import as_written, checksum, read_json, sealed, write_json
 from .latents import Latents, reopened, same_as
 from .latents import latents as latents_in
+from .memory import explained
 from .noise import Noise
 from .prepare import (
     BLOCK,
@@ -102,6 +104,9 @@ class Bank:
         self.scale, self.offset = (1 / 127.5, -1.0) if self.is_uint8 else (1.0, 0.0)
         self.pooling = Pooling(self.shape)
         self.bytes_read = 0
+        self._files: dict[str, Any] = {
+            name: array.base for name, array in arrays.items() if isinstance(array, np.memmap)
+        }
         self._derived = self._of_rows = Derived(path / DERIVED if path else None, self.fingerprint)
         self._rows: dict[int, Tensor] = {}
         self.removed = torch.empty(0, dtype=torch.int64, device=self.device)
@@ -162,6 +167,7 @@ class Bank:
     # ---- making and opening -------------------------------------------------------------------------
 
     @classmethod
+    @explained()
     def build(
         cls,
         source: Any,
@@ -247,11 +253,11 @@ class Bank:
 
         def on_disk(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
             file = folder / f"{name}.npy"
+            array = None
             with suppress(OSError, ValueError, EOFError):  # not there, or half made
-                kept: np.ndarray = np.load(file, mmap_mode="r+", allow_pickle=False)
-                if kept.shape == shape and kept.dtype == dtype:
-                    return kept
-            array = np.lib.format.open_memmap(file, "w+", dtype, shape)
+                array = np.lib.format.open_memmap(file, "r+")
+            if array is None or array.shape != shape or array.dtype != dtype:
+                array = np.lib.format.open_memmap(file, "w+", dtype, shape)
             if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a crash later
                 with file.open("r+b") as opened:
                     os.posix_fallocate(opened.fileno(), 0, array.offset + array.nbytes)
@@ -273,6 +279,7 @@ class Bank:
             (folder / name).unlink(missing_ok=True)
 
     @classmethod
+    @explained()
     def open(cls, path: str | Path) -> Bank:
         """Opens a built bank; its arrays are mapped, not read but for their edges, which are checked."""
         path = Path(path)
@@ -292,6 +299,12 @@ class Bank:
         if given:
             raise GolddiffError(f"{path} is a built bank: give {', '.join(given)} when building it from its source")
         return cls.open(path)
+
+    def check_files(self) -> None:
+        """Refuses to go on where a file was cut short since it was opened: to read there would end the process."""
+        for name, file in self._files.items():
+            if file.size() < len(file):
+                raise GolddiffError(f"{name}.npy of {self.path} was cut short while in use: build the bank again")
 
     def verify(self) -> list[str]:
         """Checks every byte of the bank's files against the hashes of the build; `[]` if all is well.
@@ -600,6 +613,8 @@ def _mapped(file: Path, meta: dict[str, Any]) -> np.ndarray:
         # copy-on-write: torch wants writable memory, the file is never written to
         array: np.ndarray = np.load(file, mmap_mode="c", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
+        if getattr(error, "errno", None) == errno.ENOMEM:
+            raise
         raise GolddiffError(f"{file} cannot be opened ({error}): build the bank again") from error
     found, stated = described(array), meta["arrays"].get(file.stem)
     if found != stated:

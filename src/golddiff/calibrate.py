@@ -13,6 +13,7 @@ from .bank import Bank
 from .denoise import denoiser
 from .errors import GolddiffError
 from .jsons import sealed, write_json
+from .memory import explained
 from .noise import schedule_named
 from .oracle import Oracle
 from .sample import trajectory
@@ -20,6 +21,7 @@ from .sample import trajectory
 __all__ = ["calibrate"]
 
 
+@explained()
 def calibrate(
     bank: Bank,
     oracle: Oracle,

@@ -24,6 +24,7 @@ from .denoise import Denoiser, denoiser
 from .errors import GolddiffError
 from .files import holding, is_empty, replacing
 from .jsons import read_json, write_json
+from .memory import explained
 from .metrics import agreement, evaluate, mean_and_error, reference_features
 from .noise import schedule_named
 from .oracle import Oracle
@@ -62,6 +63,7 @@ def parse_method(text: str) -> Method:
     return Method(body, name, parse_options(pairs), int(count) if at else None)
 
 
+@explained()
 def compare(
     bank: Bank,
     methods: Sequence[str],

@@ -19,6 +19,7 @@ from .golden import Budget
 from .importance import LocalSubset
 from .jsons import write_json
 from .locality import Masked
+from .memory import explained
 from .noise import Noise, schedule_named
 from .posterior import softmax_of_rows
 from .sample import initial_noise
@@ -32,6 +33,7 @@ BLOCK = 2048
 FAR = 2**40  # from the seeds of samples
 
 
+@explained()
 def concentrate(
     bank: Bank,
     out: str | Path,

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import GolddiffError
-from .files import replacing, sweep
+from .files import save_tensors, sweep
 
 __all__ = ["Derived"]
 
@@ -51,8 +50,7 @@ class Derived:
             tensors = {k: t.contiguous() for k, t in compute().items()}
             if file and _writable(file.parent):  # a bank that cannot be written to still works; it only forgets
                 file.parent.mkdir(exist_ok=True)
-                with replacing(file) as part:
-                    save_file(tensors, part, metadata={**self._stamp, "hash": _hashed(tensors)})
+                save_tensors(file, tensors, {**self._stamp, "hash": _hashed(tensors)})
                 sweep(file.parent, time.time() - LONG_AGO)
                 tensors = _read(file)[1]  # mapped
         if remember:

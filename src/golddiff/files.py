@@ -11,6 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 from .errors import GolddiffError
 
 try:
@@ -27,6 +31,7 @@ __all__ = [
     "holding",
     "is_empty",
     "replacing",
+    "save_tensors",
     "sweep",
 ]
 
@@ -54,6 +59,15 @@ def replacing(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file, which appears only when it is complete."""
+    with replacing(path) as part:
+        try:
+            save_file(tensors, part, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
 
 def half_written(path: Path) -> bool:

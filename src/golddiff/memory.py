@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import GolddiffError
@@ -14,7 +15,7 @@ try:
 except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
-__all__ = ["in_words", "require", "room"]
+__all__ = ["explained", "in_words", "require", "room"]
 
 ENDLESS = 2**60  # limits that are none
 GROUPS = Path("/sys/fs/cgroup")
@@ -40,6 +41,30 @@ def require(needed: int, what: str, advice: str) -> None:
     left = room()
     if left is not None and needed > left:
         raise GolddiffError(f"{what} needs {in_words(needed)} of memory and {in_words(left)} is left: {advice}")
+
+
+@contextmanager
+def explained(advice: str = "close other programs, or give smaller batches") -> Iterator[None]:
+    """Says in one line that memory ran out, whoever found out: Python, NumPy, torch or the system. Also a decorator.
+
+    Raises:
+        GolddiffError: in the place of their errors.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not _is_lack(error):
+            raise
+        left = room()
+        said = "" if left is None else f", {in_words(left)} is left"
+        raise GolddiffError(f"there is too little memory for this{said} ({str(error)[:100]}): {advice}") from error
+
+
+def _is_lack(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    told = ("allocate memory", "out of memory", "start new thread")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in told)
 
 
 def in_words(count: float) -> str:

@@ -19,6 +19,7 @@ from .errors import GolddiffError
 from .files import replacing
 from .images import NO_LABEL, Images
 from .jsons import write_json
+from .memory import explained
 from .metrics import Copies, copies
 from .pictures import framed, grid, rgb, save_png, to_uint8
 from .recipe import Recipe
@@ -55,6 +56,7 @@ class Removal:
         return bool(len(self.rows) or len(self.labels) or self.top)
 
 
+@explained()
 def attribution_report(
     recipe: Recipe,
     model: Denoiser,
@@ -227,6 +229,7 @@ def _dimmed(picture: np.ndarray, inside: np.ndarray) -> np.ndarray:
     return np.where(inside[:, :, None], picture, faint)
 
 
+@explained()
 def audit_report(bank: Bank, samples: Images, x: Tensor, out: Path) -> dict[str, Any]:
     """Which of some images, of any origin, are copies of images of a bank.
 

@@ -26,6 +26,7 @@ from .denoise import Denoiser
 from .errors import GolddiffError, unknown
 from .files import holding, is_empty, replacing, sweep
 from .jsons import read_json, unsealed, write_json
+from .memory import explained
 from .pictures import grid, save_png, to_uint8
 from .ranks import ALONE, Ranks
 from .recipe import Recipe
@@ -40,6 +41,7 @@ IN_GRID = 144
 OURS = re.compile(r"seed\d{6,}(-steps\.npz|\.png)")
 
 
+@explained()
 def run(
     denoiser: Denoiser,
     recipe: Recipe,

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from .bank import Bank
 from .errors import GolddiffError
-from .files import holding, is_empty, replacing, sweep
+from .files import holding, is_empty, save_tensors, sweep
 from .golden import hashed
 from .jsons import read_json, write_json
+from .memory import explained
 
 __all__ = ["Training", "train_oracle"]
 
@@ -61,6 +62,7 @@ class Training:
         return math.ceil(self.images / self.batch)
 
 
+@explained()
 def train_oracle(bank: Bank, out: str | Path, training: Training, *, save_every: int = 200) -> Path:
     """Trains an attention-free U-Net (diffusers' `UNet2DModel`) to predict the noise of DDPM-linear levels.
 
@@ -123,10 +125,13 @@ def _train(bank: Bank, out: Path, training: Training, save_every: int, scheduler
         for parameter, mean in zip(model.parameters(), average, strict=True):
             parameter.copy_(mean)
     _save(out, model, average, optimiser, losses)
-    schedule.save_pretrained(out)
+    try:
+        schedule.save_pretrained(out)
+    except OSError as error:
+        raise GolddiffError(f"{out} cannot be written to ({error.strerror or error}): make room there") from error
     final = model.to("cpu", memory_format=torch.contiguous_format)
-    with replacing(out / "diffusion_pytorch_model.safetensors") as part:
-        save_file({k: v.contiguous() for k, v in final.state_dict().items()}, part, metadata={"format": "pt"})
+    weights = {name: tensor.contiguous() for name, tensor in final.state_dict().items()}
+    save_tensors(out / "diffusion_pytorch_model.safetensors", weights, {"format": "pt"})
     # last: its presence says that all is there
     write_json(out / "config.json", {"_class_name": "UNet2DModel", **_plain(final.config)})
     (out / STATE).unlink()
@@ -191,8 +196,7 @@ def _save(out: Path, model: Any, average: list[Tensor], optimiser: Any, losses: 
         moments = optimiser.state[parameter]
         tensors[f"{i} value"], tensors[f"{i} average"] = parameter.detach(), mean
         tensors[f"{i} first"], tensors[f"{i} second"] = moments["exp_avg"], moments["exp_avg_sq"]
-    with replacing(out / STATE) as part:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
+    save_tensors(out / STATE, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def _resume(out: Path, model: Any, average: list[Tensor], optimiser: Any) -> list[float]:

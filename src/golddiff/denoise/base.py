@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from ..bank import Bank
 from ..errors import GolddiffError
 from ..images import NO_LABEL
+from ..memory import explained
 from ..noise import Noise
 from ..posterior import Posterior
 from ..ranks import ALONE, Ranks
@@ -48,6 +49,7 @@ class Denoiser(abc.ABC):
         return f"{type(self).__name__}({self.bank!r}, {chosen})"
 
     @final
+    @explained()
     def __call__(
         self,
         x_t: Tensor,
@@ -68,6 +70,7 @@ class Denoiser(abc.ABC):
             GolddiffError: wrong shape or type, NaN, `sigma = 0`, or a label that no row has.
         """
         self._check(x_t, noise)
+        self.bank.check_files()
         batch = len(x_t)
         noise = noise.expand(batch)
         labels = per_image(NO_LABEL if label is None else label, batch, "label").tolist()

@@ -1,0 +1,174 @@
+"""Disks that are full, read-only or gone, and too little memory: a clear error, nothing corrupted, nothing left behind.
+
+`GOLDDIFF_DISKS=60` tries so many sizes of a small disk for each kind of work; some otherwise.
+"""
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import golddiff as gd
+import jobs
+from golddiff.errors import GolddiffError
+
+SIZES = int(os.environ.get("GOLDDIFF_DISKS", "8"))
+WRITING = ["build", "derive", "sample", "compare", "train", "calibrate", "attribute", "audit", "concentrate"]
+MIB = 2**20
+
+
+def mount(folder, *options):
+    return subprocess.run(["mount", *options, str(folder)], capture_output=True, check=False).returncode == 0  # noqa: S607
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of its own, which can be made smaller."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if not shutil.which("mount") or not mount(folder, "-t", "tmpfs", "-o", "size=256m", "tmpfs"):
+        pytest.skip("only who may mount a disk can make a small one")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)  # noqa: S607
+
+
+def resize(disk, size):
+    assert mount(disk, "-o", f"remount,rw,size={-(-int(size) // 4096) * 4096}")
+
+
+def used(disk):
+    found = os.statvfs(disk)
+    return (found.f_blocks - found.f_bfree) * found.f_frsize
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Processes that begin with everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["jobs", "numba", "diffusers", "matplotlib.figure"])
+    process = context.Process(target=jobs.nothing, args=(None,))
+    process.start()
+    process.join()
+    return context
+
+
+def outcome(server, target, *arguments, said):
+    """The error that a job ended with, or ""; a crash is no end."""
+    said.unlink(missing_ok=True)
+    process = server.Process(target=target, args=(*arguments, said))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, "it crashed"
+    return said.read_text() if said.exists() else ""
+
+
+def check(job, out, whole, ended):
+    if known := getattr(jobs, f"check_{job}", None):
+        known(out, whole, ended)
+    elif ended and job != "derive":
+        assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+@pytest.mark.parametrize("job", WRITING)
+def test_a_full_disk_at_every_writing_step(server, disk, tmp_path, job):
+    if job == "train":
+        pytest.importorskip("diffusers", reason="the extra diffusers is not there")
+    jobs.prepared(disk)
+    out, whole, said = disk / "out", tmp_path / "whole", tmp_path / "said"
+    before = used(disk)
+    assert outcome(server, jobs.told, job, disk, said=said) == ""
+    need = used(disk) - before
+    result = disk / "bank" / "derived" if job == "derive" else out
+    shutil.move(result, whole)
+    before, errors = used(disk), 0
+    for i in range(SIZES):
+        resize(disk, max(before + need * i / (SIZES - 1), used(disk)))
+        error = outcome(server, jobs.told, job, disk, said=said)
+        if error:
+            errors += 1
+            assert error.startswith("GolddiffError: "), error
+            assert "No space left on device" in error, error
+            assert "make room" in error, error
+            assert "\n" not in error
+        names = [path.relative_to(disk).as_posix() for path in disk.rglob(".*")]
+        assert [name for name in names if not name.startswith(".out-part")] == []
+        check(job, out, whole, not error)
+    assert errors
+    resize(disk, 256 * MIB)
+    if job == "derive":
+        shutil.rmtree(result, ignore_errors=True)
+    assert outcome(server, jobs.told, job, disk, said=said) == ""
+    check(job, out, whole, True)
+    assert gd.Bank.open(disk / "bank").verify() == []
+    print(f"{job}: {errors} of {SIZES} disks of up to {need / MIB:.2f} MiB were too small, and each was said")
+
+
+@pytest.mark.parametrize("job", [job for job in WRITING if job != "derive"])
+def test_a_disk_that_cannot_be_written_to(server, disk, tmp_path, job):
+    if job == "train":
+        pytest.importorskip("diffusers", reason="the extra diffusers is not there")
+    jobs.prepared(disk)
+    said, names = tmp_path / "said", sorted(disk.rglob("*"))
+    assert mount(disk, "-o", "remount,ro")
+    error = outcome(server, jobs.told, job, disk, said=said)
+    assert error.startswith("GolddiffError: "), error
+    assert "Read-only file system" in error
+    assert sorted(disk.rglob("*")) == names
+
+
+def test_a_bank_on_a_disk_that_cannot_be_written_to_works(server, disk, tmp_path):
+    jobs.prepared(disk)
+    assert mount(disk, "-o", "remount,ro")
+    assert outcome(server, jobs.told, "derive", disk, said=tmp_path / "said") == ""
+    assert not (disk / "bank" / "derived" / "mask").exists()
+
+
+def mapped(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3000, 3, 16, 16), dtype=np.uint8)
+    return gd.Bank.build(pixels, tmp_path / "bank"), gd.Bank.build(pixels)
+
+
+@pytest.mark.parametrize("method", ["optimal", "golddiff", "ls"])
+def test_a_bank_whose_files_are_removed_while_in_use_goes_on(tmp_path, method):
+    bank, same = mapped(tmp_path)
+    model = gd.denoiser(method, bank)
+    expected = gd.sample(gd.denoiser(method, same), [3], steps=4)
+    steps = gd.trajectory(model, [3], steps=4)
+    next(steps)
+    shutil.rmtree(tmp_path / "bank")
+    *_, last = steps
+    assert torch.equal(last.posterior.mean, expected)
+
+
+def test_a_file_that_is_cut_short_while_in_use_is_an_error_and_no_crash(tmp_path):
+    bank, _ = mapped(tmp_path)
+    steps = gd.trajectory(gd.denoiser("optimal", bank), [0], steps=4)
+    next(steps)
+    os.truncate(tmp_path / "bank" / "pixels.npy", 4096)
+    with pytest.raises(GolddiffError, match=r"pixels\.npy of .* was cut short while in use: build the bank again"):
+        next(steps)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say how much memory is used")
+@pytest.mark.parametrize("job", ["build", "derive", "sample", "compare"])
+def test_too_little_address_space_is_an_error_and_no_crash(server, tmp_path, job):
+    jobs.prepared(tmp_path)
+    out, whole, said = tmp_path / "out", tmp_path / "whole", tmp_path / "said"
+    assert outcome(server, jobs.told, job, tmp_path, said=said) == ""
+    if job != "derive":
+        out.rename(whole)
+    errors, ended = [], False
+    for room in (0, 2, 8, 24, 64, 160, 400, 4000):
+        error = outcome(server, jobs.starved, room * MIB, job, tmp_path, said=said)
+        ended = not error
+        errors += [error] if error else []
+        assert error.startswith("GolddiffError: ") or not error, error
+        check(job, out, whole, ended)
+    assert ended
+    assert errors
+    assert all("memory" in error for error in errors)
