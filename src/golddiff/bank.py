@@ -28,7 +28,7 @@ from .images import NO_LABEL, Images, open_source
 from .jsons import as_written, checksum, read_json, sealed, write_json
 from .latents import Latents, reopened, same_as
 from .latents import latents as latents_in
-from .memory import explained
+from .memory import explained, require
 from .noise import Noise
 from .prepare import (
     BLOCK,
@@ -109,6 +109,7 @@ class Bank:
         }
         self._derived = self._of_rows = Derived(path / DERIVED if path else None, self.fingerprint)
         self._rows: dict[int, Tensor] = {}
+        self._spare: dict[torch.dtype, Tensor] = {}
         self.removed = torch.empty(0, dtype=torch.int64, device=self.device)
         self._whole: Bank | None = None
         self._own_statistics = True
@@ -227,6 +228,12 @@ class Bank:
         if coder is not None:
             images, stated["latents"] = coder.encoded(images), coder.stated
         if out is None:
+            numbers = len(images) * math.prod(images.shape)
+            require(
+                numbers * images.dtype.itemsize + 2 * BLOCK * math.prod(images.shape) * 8,
+                f"a bank of {len(images)} images in memory",
+                "give out=, and it is written to a folder and mapped",
+            )
             arrays: dict[str, np.ndarray] = {}
 
             def in_memory(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -456,11 +463,16 @@ class Bank:
         """
         count = len(self.pixels) if rows is None else len(rows)
         size = max(1, min(size or max(256, BLOCK_NUMBERS // self.D), count))
-        buffer = torch.empty(size, self.D, dtype=dtype, device=self.device)
-        for start in range(0, count, size):
-            part = slice(start, min(start + size, count))
-            chosen = part if rows is None else rows[part]
-            yield part, chosen, self.centred(chosen, dtype, buffer)
+        buffer = self._spare.pop(dtype, None)  # large memory that comes and goes leaves holes
+        if buffer is None or len(buffer) < size:
+            buffer = torch.empty(size, self.D, dtype=dtype, device=self.device)
+        try:
+            for start in range(0, count, size):
+                part = slice(start, min(start + size, count))
+                chosen = part if rows is None else rows[part]
+                yield part, chosen, self.centred(chosen, dtype, buffer)
+        finally:
+            self._spare[dtype] = buffer
 
     def uncentred(self, v: Tensor) -> Tensor:
         """`x = scale * (v + centre) + offset`: from centred rows (or their weighted means) to [-1, 1]."""

@@ -24,7 +24,7 @@ from .denoise import Denoiser, denoiser
 from .errors import GolddiffError
 from .files import holding, is_empty, replacing
 from .jsons import read_json, write_json
-from .memory import explained
+from .memory import explained, require
 from .metrics import agreement, evaluate, mean_and_error, reference_features
 from .noise import schedule_named
 from .oracle import Oracle
@@ -111,6 +111,11 @@ def compare(
         raise GolddiffError("a bank of one image has nothing to compare: give a larger bank")
     reference_features(bank, features)  # a wrong extractor is refused before the work
     levels = schedule_named(schedule).levels(steps)
+    kinds = 3 if oracle else 1  # of means that are kept: on own trajectories, and of and on the network's
+    numbers = len(listed) * len(levels) * bank.D * kinds * (len(parsed) + 1)
+    require(
+        4 * numbers, f"{len(listed)} seeds of {len(parsed)} methods", "compare fewer seeds, or fewer methods at once"
+    )
     settings = {
         "bank": bank.fingerprint,
         "oracle": oracle_name if oracle else None,

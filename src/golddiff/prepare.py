@@ -39,7 +39,8 @@ __all__ = [
 
 FORMAT = 2  # of the folder of a bank
 HASHED = 1  # of what goes into a fingerprint
-BLOCK = 1024
+BLOCK = 1024  # rows
+LARGEST_BLOCK = 2**27  # numbers
 JOURNAL = "journal.npz"
 NOTE_EVERY = 10.0  # seconds
 
@@ -129,7 +130,7 @@ def fill(
     digests = create("digests", (count, 2), np.int64)
     hidden = None if progress else True
     with tqdm(total=count, initial=journal.pixels, desc="images", unit="", disable=hidden) as bar:
-        for start, block in images.blocks(BLOCK, journal.pixels):
+        for start, block in images.blocks(block_of(size), journal.pixels):
             stop = start + len(block)
             pixels[start:stop] = block
             journal.total += block.reshape(len(block), -1).sum(0, dtype=np.float64)
@@ -148,8 +149,8 @@ def fill(
     kind = torch.float32 if images.dtype == np.uint8 else torch.float64  # sums of so few bytes are exact in float32
     middle = torch.from_numpy(centre).to(kind)
     with tqdm(total=count, initial=journal.proxies, desc="proxies", unit="", disable=hidden) as bar:
-        for start in range(journal.proxies, count, BLOCK):
-            stop = min(start + BLOCK, count)
+        for start in range(journal.proxies, count, block_of(size)):
+            stop = min(start + block_of(size), count)
             v = torch.from_numpy(pixels[start:stop].reshape(-1, size)).to(kind) - middle
             norms[start:stop] = v.square().sum(1, dtype=torch.float64)
             proxy[start:stop] = pooling(v, kind)
@@ -169,6 +170,11 @@ def fill(
         "source": source,
         "arrays": {name: described(array) for name, array in arrays.items()},
     }
+
+
+def block_of(size: int) -> int:
+    """Rows of a block, fewer for large images."""
+    return max(1, min(BLOCK, LARGEST_BLOCK // size))
 
 
 def _hash_digests(shape: tuple[int, ...], dtype: np.dtype, digests: np.ndarray) -> str:

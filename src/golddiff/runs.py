@@ -26,7 +26,7 @@ from .denoise import Denoiser
 from .errors import GolddiffError, unknown
 from .files import holding, is_empty, replacing, sweep
 from .jsons import read_json, unsealed, write_json
-from .memory import explained
+from .memory import explained, require
 from .pictures import grid, save_png, to_uint8
 from .ranks import ALONE, Ranks
 from .recipe import Recipe
@@ -93,6 +93,10 @@ def run(
         raise GolddiffError(f"{denoiser.bank.shape[0]} channels are no pictures: use golddiff.sample from Python")
     if not 0 <= nearest <= len(denoiser.bank):
         raise GolddiffError(f"nearest is {nearest}: give a number from 0 to {len(denoiser.bank)}, the rows of the bank")
+    denoiser.require_memory(min(batch, len(recipe.seeds)))
+    if save_steps:
+        numbers = min(batch, len(recipe.seeds)) * recipe.levels * denoiser.bank.D
+        require(8 * numbers, "the steps of a batch", "give smaller batches (--batch), or leave --save-steps out")
     part = (ranks.rank, ranks.size) if apart else None
     with holding(out, part) if ranks.is_first or apart else nullcontext():
         return _run(denoiser, recipe, out, batch, save_steps, nearest, force, ranks, spread)

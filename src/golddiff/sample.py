@@ -261,6 +261,7 @@ def trajectory(
     if dtype not in (torch.float32, torch.float64):
         raise GolddiffError(f"dtype is {dtype}: give torch.float32 or torch.float64")
     levels = levels_from(schedule, steps, start)
+    denoiser.require_memory(len(seeds))
     bank, x = denoiser.bank, initial_noise(seeds, denoiser.bank.shape, dtype).to(denoiser.bank.device)
     if start is None:
         x = x * schedule.init_noise_sigma

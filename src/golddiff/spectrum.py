@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .memory import require
+
 __all__ = [
     "COLUMNS",
     "CONSTANT",
@@ -172,6 +174,7 @@ class DenseCovariance(Statistics):
         return mean, log_density
 
     def _factor(self, alpha: float, sigma: float) -> Tensor:
+        _require(len(self.mean), 17 * len(self.mean) ** 2)
         a = self.covariance * alpha**2
         a.diagonal().add_(self._floored(alpha, sigma) ** 2)
         return torch.linalg.cholesky(a)
@@ -206,12 +209,19 @@ class Rows:
 
 def compute_spectrum(rows: Rows) -> Spectrum:
     """The eigenbasis of the covariance (divided by N - 1), by the Gram matrix where rows are fewer than pixels."""
-    if rows.count <= len(rows.centre):
+    size, count = len(rows.centre), rows.count
+    _require(size, 8 * (5 * size * count + 6 * count**2 if count <= size else 7 * size**2))
+    if count <= size:
         mean, *found = _by_gram(rows)
     else:
         mean, product = _covariance(rows)
         found = [*_eigenbasis(product)]
     return _spectrum(rows.scale * (mean + rows.centre.double()) + rows.offset, *found)
+
+
+def _require(size: int, needed: int) -> None:
+    what = f"the covariance of images of {size} numbers"
+    require(needed, what, "build the bank of smaller images (--size), or use a method without it (optimal, ls, pspc)")
 
 
 def reduced_spectrum(whole: Spectrum, count: int, gone: Tensor) -> Spectrum:
@@ -249,6 +259,8 @@ def _spectrum(mean: Tensor, variances: Tensor, varying: Tensor, values: Tensor, 
 
 def compute_covariance(rows: Rows) -> DenseCovariance:
     """The covariance (divided by N - 1) itself, and its leading eigenvectors."""
+    size = len(rows.centre)
+    _require(size, 17 * size**2 + 24 * size * (LEADING + SPARE))  # the filter takes as much again
     mean, product = _covariance(rows)
     variances = product.diagonal()
     count = min(LEADING, len(mean) // 2)

@@ -15,6 +15,7 @@ from .. import __version__
 from ..bank import Bank
 from ..errors import GolddiffError, unknown
 from ..images import Images, open_source
+from ..memory import require
 from ..ranks import own_device
 from ..recipe import (
     DEFAULTS,
@@ -176,6 +177,7 @@ def samples_of(path: str, **options: Any) -> Images:
 
 def in_range_of(held: Bank, images: Images) -> torch.Tensor:
     """Pictures in [-1, 1], `(n, C, H, W)`; floats as they are."""
+    require(14 * len(images) * held.D, f"{len(images)} images", "give fewer at a time")
     pixels = torch.from_numpy(images.read(0, len(images)).copy())
     if pixels.is_floating_point():
         return pixels.float()

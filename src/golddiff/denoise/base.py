@@ -15,12 +15,15 @@ from torch.autograd.function import once_differentiable
 from ..bank import Bank
 from ..errors import GolddiffError
 from ..images import NO_LABEL
-from ..memory import explained
+from ..memory import explained, require
 from ..noise import Noise
 from ..posterior import Posterior
 from ..ranks import ALONE, Ranks
 
 __all__ = ["Denoiser", "per_image"]
+
+BYTES_PER_NUMBER = 144  # of a batch: what comes in, what is computed, and what comes out, by measurement
+WORTH_ASKING = 2**26  # bytes
 
 
 class Denoiser(abc.ABC):
@@ -70,6 +73,7 @@ class Denoiser(abc.ABC):
             GolddiffError: wrong shape or type, NaN, `sigma = 0`, or a label that no row has.
         """
         self._check(x_t, noise)
+        self.require_memory(len(x_t))
         self.bank.check_files()
         batch = len(x_t)
         noise = noise.expand(batch)
@@ -112,6 +116,16 @@ class Denoiser(abc.ABC):
         if not isinstance(x_t, Tensor):
             return self(x_t, noise, label, seed=seed).mean  # which says what is wrong
         return _Mean.apply(x_t, self, noise, label, seed)
+
+    def require_memory(self, batch: int) -> None:
+        """Refuses a batch of so many images that does not fit into memory.
+
+        Raises:
+            GolddiffError: it does not.
+        """
+        needed = batch * self.bank.D * BYTES_PER_NUMBER
+        if needed > WORTH_ASKING and self.bank.device.type == "cpu":
+            require(needed, f"a batch of {batch} images", "give smaller batches (--batch)")
 
     def over(self, ranks: Ranks) -> Self:
         """This denoiser with the rows spread over processes: each sums over its own, and all have the same result.
