@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import load_file
 
 import golddiff as gd
-from golddiff import prepare, runs
+from golddiff import prepare, runs, spectrum
 from golddiff.recipe import Recipe
 from golddiff.reports import attribution_report, audit_report
 from golddiff.runs import run
@@ -93,13 +93,23 @@ def audit(folder):
 
 
 def concentrate(folder):
-    (folder / "out").mkdir(exist_ok=True)
     gd.concentrate(bank_of(folder), folder / "out", count=2, steps=2)
 
 
 def derive(folder):
     """Statistics and masks, which are kept beside the bank."""
     gd.sample(gd.denoiser("pca", bank_of(folder)), [0], steps=2)
+
+
+def covariance(folder, kind):
+    """What statistics are said to take, and what they take, in `folder / "memory.npy"`, bytes."""
+    shape, stated = (4000, 3, 20, 20) if kind == "eigenbasis" else (1200, 3, 48, 48), []
+    bank = gd.Bank.build(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+    spectrum.require = lambda needed, *_: stated.append(needed)
+    torch.linalg.eigh(torch.eye(8, dtype=torch.float64))
+    now, peak = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"), runs.memory_since()
+    bank.spectrum()
+    np.save(folder / "memory.npy", [stated[0], peak() - now])
 
 
 def told(job, folder, said):

@@ -155,7 +155,7 @@ def test_a_file_that_is_cut_short_while_in_use_is_an_error_and_no_crash(tmp_path
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say how much memory is used")
-@pytest.mark.parametrize("job", ["build", "derive", "sample", "compare"])
+@pytest.mark.parametrize("job", ["derive", "sample", "compare"])
 def test_too_little_address_space_is_an_error_and_no_crash(server, tmp_path, job):
     jobs.prepared(tmp_path)
     out, whole, said = tmp_path / "out", tmp_path / "whole", tmp_path / "said"
@@ -172,3 +172,66 @@ def test_too_little_address_space_is_an_error_and_no_crash(server, tmp_path, job
     assert ended
     assert errors
     assert all("memory" in error for error in errors)
+
+
+def left(monkeypatch, room):
+    monkeypatch.setattr("golddiff.memory.room", lambda: int(room))
+
+
+def test_what_cannot_fit_is_refused_before_the_work(tmp_path, monkeypatch, toy):
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 3, 16, 16), dtype=np.uint8)
+    bank = gd.Bank.build(pixels, tmp_path / "bank")
+    left(monkeypatch, 64 * MIB)
+    with pytest.raises(GolddiffError, match=r"a batch of 1000 images needs .* MiB .* smaller batches \(--batch\)"):
+        gd.sample(gd.denoiser("optimal", bank), range(1000), steps=2)
+    left(monkeypatch, 4 * MIB)
+    with pytest.raises(GolddiffError, match="covariance of images of 768 numbers needs .* smaller images"):
+        gd.sample(gd.denoiser("pca", gd.Bank.build(pixels, tmp_path / "small")), [0], steps=2)
+    with pytest.raises(GolddiffError, match="a bank of 600 images in memory needs .* give out="):
+        gd.Bank.build(pixels)
+    with pytest.raises(GolddiffError, match="a comparison of 5000 seeds needs"):
+        gd.compare(bank, ["optimal"], tmp_path / "out", seeds=range(5000), steps=4)
+    assert not (tmp_path / "out").exists()
+    assert gd.sample(gd.denoiser("optimal", bank), [0], steps=2).shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("kind", ["eigenbasis", "gram"])
+def test_what_a_covariance_takes_is_not_underestimated(tmp_path, kind):
+    process = multiprocessing.get_context("spawn").Process(target=jobs.covariance, args=(tmp_path, kind))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    stated, taken = np.load(tmp_path / "memory.npy")
+    print(f"{kind}: stated {stated / MIB:.0f} MiB, taken {taken / MIB:.0f} MiB")
+    assert taken <= stated <= 3 * taken
+
+
+def test_what_memory_is_left_is_the_least_that_anyone_leaves(tmp_path, monkeypatch):
+    from golddiff import memory
+
+    group = tmp_path / "group"
+    group.mkdir()
+    (group / "memory.max").write_text("1000\n")
+    (group / "memory.current").write_text("900\n")
+    (group / "memory.stat").write_text("anon 500\ninactive_file 300\n")
+    assert list(memory._limits(tmp_path, "/group", "memory.max", "memory.current", "inactive_file")) == [400]
+    (group / "memory.max").write_text("max\n")
+    assert list(memory._limits(tmp_path, "/group", "memory.max", "memory.current", "inactive_file")) == []
+    monkeypatch.setattr(memory, "_of_machine", lambda: 700)
+    monkeypatch.setattr(memory, "_of_groups", lambda: iter([400, None]))
+    monkeypatch.setattr(memory, "_of_address_space", lambda: None)
+    assert memory.room() == 400
+    with pytest.raises(GolddiffError, match="a thing needs 401 bytes of memory and 400 bytes is left: do less"):
+        memory.require(401, "a thing", "do less")
+    memory.require(400, "a thing", "do less")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: you tried"), OSError(12, "no")])
+def test_a_lack_of_memory_is_said_whoever_finds_it(error, toy, monkeypatch):
+    def fails(*_):
+        raise error
+
+    model = gd.denoiser("optimal", toy)
+    monkeypatch.setattr(type(model), "_posterior", fails)
+    with pytest.raises(GolddiffError, match="too little memory .* smaller batches"):
+        model(torch.zeros(1, *toy.shape), gd.DDPM()(500))

@@ -28,7 +28,7 @@ from .images import NO_LABEL, Images, open_source
 from .jsons import as_written, checksum, read_json, sealed, write_json
 from .latents import Latents, reopened, same_as
 from .latents import latents as latents_in
-from .memory import explained, require
+from .memory import DoesNotFit, explained, require
 from .noise import Noise
 from .prepare import (
     BLOCK,
@@ -279,7 +279,8 @@ class Bank:
         write_json(folder / META, sealed(meta))
         bank = cls.open(folder)
         if bank.D <= LARGEST_EIGENBASIS:  # larger: when it is first needed
-            with tqdm(total=1, desc="spectrum", disable=None if progress else True) as bar:
+            bar = tqdm(total=1, desc="spectrum", disable=None if progress else True)
+            with bar, suppress(DoesNotFit):  # methods without it work all the same
                 bank.spectrum()
                 bar.update()
         for name in (JOURNAL, "digests.npy"):  # in this order

@@ -113,9 +113,7 @@ def compare(
     levels = schedule_named(schedule).levels(steps)
     kinds = 3 if oracle else 1  # of means that are kept: on own trajectories, and of and on the network's
     numbers = len(listed) * len(levels) * bank.D * kinds * (len(parsed) + 1)
-    require(
-        4 * numbers, f"{len(listed)} seeds of {len(parsed)} methods", "compare fewer seeds, or fewer methods at once"
-    )
+    require(4 * numbers, f"a comparison of {len(listed)} seeds", "compare fewer seeds, or fewer methods at once")
     settings = {
         "bank": bank.fingerprint,
         "oracle": oracle_name if oracle else None,

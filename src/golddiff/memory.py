@@ -15,10 +15,14 @@ try:
 except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
-__all__ = ["explained", "in_words", "require", "room"]
+__all__ = ["DoesNotFit", "explained", "in_words", "require", "room"]
 
 ENDLESS = 2**60  # limits that are none
 GROUPS = Path("/sys/fs/cgroup")
+
+
+class DoesNotFit(GolddiffError):
+    """Work that takes more memory than there is."""
 
 
 def room() -> int | None:
@@ -36,11 +40,11 @@ def require(needed: int, what: str, advice: str) -> None:
         what: what takes them, for the message. advice: what to do instead.
 
     Raises:
-        GolddiffError: it does not fit.
+        DoesNotFit: it does not.
     """
     left = room()
     if left is not None and needed > left:
-        raise GolddiffError(f"{what} needs {in_words(needed)} of memory and {in_words(left)} is left: {advice}")
+        raise DoesNotFit(f"{what} needs {in_words(needed)} of memory and {in_words(left)} is left: {advice}")
 
 
 @contextmanager
@@ -48,7 +52,7 @@ def explained(advice: str = "close other programs, or give smaller batches") -> 
     """Says in one line that memory ran out, whoever found out: Python, NumPy, torch or the system. Also a decorator.
 
     Raises:
-        GolddiffError: in the place of their errors.
+        DoesNotFit: in the place of their errors.
     """
     try:
         yield
@@ -57,7 +61,7 @@ def explained(advice: str = "close other programs, or give smaller batches") -> 
             raise
         left = room()
         said = "" if left is None else f", {in_words(left)} is left"
-        raise GolddiffError(f"there is too little memory for this{said} ({str(error)[:100]}): {advice}") from error
+        raise DoesNotFit(f"there is too little memory for this{said} ({str(error)[:100]}): {advice}") from error
 
 
 def _is_lack(error: Exception) -> bool:
