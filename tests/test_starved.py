@@ -178,12 +178,12 @@ def left(monkeypatch, room):
     monkeypatch.setattr("golddiff.memory.room", lambda: int(room))
 
 
-def test_what_cannot_fit_is_refused_before_the_work(tmp_path, monkeypatch, toy):
+def test_what_cannot_fit_is_refused_before_the_work(tmp_path, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (600, 3, 16, 16), dtype=np.uint8)
     bank = gd.Bank.build(pixels, tmp_path / "bank")
     left(monkeypatch, 64 * MIB)
     with pytest.raises(GolddiffError, match=r"a batch of 1000 images needs .* MiB .* smaller batches \(--batch\)"):
-        gd.sample(gd.denoiser("optimal", bank), range(1000), steps=2)
+        gd.denoiser("optimal", bank)(torch.zeros(1000, 3, 16, 16), gd.DDPM()(500))
     left(monkeypatch, 4 * MIB)
     with pytest.raises(GolddiffError, match="covariance of images of 768 numbers needs .* smaller images"):
         gd.sample(gd.denoiser("pca", gd.Bank.build(pixels, tmp_path / "small")), [0], steps=2)
