@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 __all__ = [
     "MOST_REMOVED",
@@ -33,6 +33,7 @@ MOST_SEED = 2**53 - 1  # what a page can count exactly
 Name = Annotated[str, StringConstraints(min_length=1, max_length=32)]
 Row = Annotated[int, Field(ge=0, le=MOST_SEED)]
 Label = Annotated[int, Field(ge=-1, le=MOST_SEED)]
+Text = Annotated[str, BeforeValidator(lambda text: text.encode("utf-8", "replace").decode())]  # of names of any folder
 
 
 class Strict(BaseModel):
@@ -114,7 +115,7 @@ class End(BaseModel):
 
     kind: Literal["end"] = "end"
     state: Literal["finished", "cancelled", "failed"]
-    message: str = ""
+    message: Text = ""
 
 
 class Compared(BaseModel):
@@ -152,7 +153,7 @@ class Sources(BaseModel):
 
 class ClassInfo(BaseModel):
     label: int
-    name: str
+    name: Text
     rows: int
 
 
@@ -173,7 +174,7 @@ class Limits(BaseModel):
 class BankInfo(BaseModel):
     """What there is to choose from."""
 
-    name: str
+    name: Text
     fingerprint: str
     rows: int
     shape: list[int]
