@@ -14,7 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .limits import ADDRESSES, BURST, LARGEST_BODY, RATE, TO_SEND, Allowance
+from .limits import ADDRESSES, BURST, LARGEST_BODY, LARGEST_HEAD, RATE, TO_SEND, Allowance
 
 __all__ = ["CROWDED", "Guard", "cookie_of", "is_loopback"]
 
@@ -85,7 +85,12 @@ class Guard:
         if wait:
             detail = "too many requests come from this address: wait a moment and ask again"
             return _problem(429, detail, {"Retry-After": str(math.ceil(wait))})
+        head = [scope.get("raw_path") or b"", scope["query_string"], *(part for pair in headers.raw for part in pair)]
+        if sum(map(len, head)) > LARGEST_HEAD:
+            return TOO_LONG
         length = headers.get("content-length", "0")
+        if "content-length" in headers and "transfer-encoding" in headers:
+            return TWO_LENGTHS
         if not length.isdecimal() or len(length) > 12 or int(length) > LARGEST_BODY:
             return TOO_LARGE
         return None if self.token is None else self._without_token(scope, headers, self.token)
@@ -168,6 +173,8 @@ def _problem(status: int, detail: str, headers: dict[str, str] | None = None) ->
 
 
 TOO_LARGE = _problem(413, f"this request is too large: send at most {LARGEST_BODY} bytes")
+TOO_LONG = _problem(431, f"address and headers of this request are too long: send at most {LARGEST_HEAD} bytes")
+TWO_LENGTHS = _problem(400, "this request has two lengths: send Content-Length or chunks", {"Connection": "close"})
 TOO_SLOW = _problem(408, f"this request came too slowly: send it within {TO_SEND:g} seconds", {"Connection": "close"})
 CROWDED = _problem(
     503,

@@ -92,16 +92,17 @@ def problems(said: dict[int, str]) -> dict[int | str, dict[str, Any]]:
 
 GUARDED = problems(
     {
+        400: "No request that has one meaning.",
         401: "The token is missing.",
         403: "From a page of another site.",
         408: "The request came too slowly.",
         413: "Too large.",
         421: "Not addressed to this server.",
+        431: "Address and headers are too long.",
         429: "Too much is asked, or under way: come back after as many seconds as Retry-After says.",
         503: "The server is stopping, or has too many connections.",
     }
 )
-NO_JSON = problems({400: "No JSON."})
 WRONG = problems({422: "It cannot be done as asked."})
 NOT_THERE = problems({404: "Not there."})
 OF_A_RUN = {**NOT_THERE, **WRONG, **problems({410: "No longer there: run it again."})}
@@ -179,6 +180,8 @@ def _say_what_is_wrong(app: FastAPI, explorer: Explorer) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return JSONResponse({"detail": "the body of this request is no JSON"}, 422)
         where = ".".join(str(part) for part in first["loc"][1:]) or str(first["loc"][0])
         return JSONResponse({"detail": f"{where}: {first['msg']}"}, 422)
 
@@ -243,7 +246,7 @@ def _add_runs(app: FastAPI, explorer: Explorer) -> None:
         others = max(0, explorer.worker.waiting - 1)
         return Alive(others=others, preparing=not explorer.prepared).model_dump_json() + "\n"
 
-    @app.post("/api/runs", status_code=201, responses={201: {"links": NEXT}, **NO_JSON, **WRONG})
+    @app.post("/api/runs", status_code=201, responses={201: {"links": NEXT}, **WRONG})
     async def create(settings: RunSettings) -> RunInfo:
         """Prepares a run; it is computed while somebody follows it."""
         return (await _asked(explorer, lambda: explorer.open(settings))).info()
