@@ -6,6 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
+from ..denoise import METHODS
+from ..noise import SCHEDULES
+from ..sample import SAMPLERS
+
 __all__ = [
     "MOST_REMOVED",
     "MOST_SEED",
@@ -56,13 +60,13 @@ class Without(Strict):
 class RunSettings(Strict):
     """Everything that decides a trajectory."""
 
-    method: Name = "golddiff"
+    method: Name = Field(default="golddiff", examples=list(METHODS))
     retrieval: Name | None = Field(default=None, description="None: the default of the method.")
     label: Label | None = Field(default=None, description="A class; None for all.")
     seed: int = Field(default=0, ge=0, le=MOST_SEED)
     steps: int = Field(default=10, ge=1, le=MOST_STEPS)
-    schedule: Name = "ddpm"
-    sampler: Name = "ddim"
+    schedule: Name = Field(default="ddpm", examples=list(SCHEDULES))
+    sampler: Name = Field(default="ddim", examples=list(SAMPLERS))
     without: Without | None = None
 
 

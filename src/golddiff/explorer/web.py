@@ -15,6 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from ..bank import Bank
 from ..denoise import METHODS
@@ -189,6 +190,10 @@ def _say_what_is_wrong(app: FastAPI, explorer: Explorer) -> None:
     async def plain(request: Request, error: HTTPException) -> Response:
         if error.status_code == 404 and not request.scope["path"].startswith("/api/"):
             return HTMLResponse(NOT_FOUND, 404)
+        if error.status_code == 405:  # of all routes of the path, not of the first only
+            found = [route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE]
+            allowed = {method for route in found for method in getattr(route, "methods", None) or ()}
+            return JSONResponse({"detail": "this cannot be done here"}, 405, {"Allow": ", ".join(sorted(allowed))})
         return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
 
 
