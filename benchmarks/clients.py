@@ -43,7 +43,7 @@ class Log:
         self.answers: Counter[int] = Counter()
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.wrong: list[str] = []
-        self.left = self.finished = 0
+        self.left = self.finished = self.again = 0
 
     def answer(self, what: str, status: int, body: bytes, seconds: float) -> None:
         self.answers[status] += 1
@@ -119,12 +119,15 @@ class Client:
     async def ask(self, what: str, path: str, method: str = "GET", body: object = None) -> tuple[int, dict]:
         """The answer, decoded if it is JSON; waits a moment after a refusal, as it asks for."""
         began = time.monotonic()
-        if self.open is None or self.open[0].at_eof():  # closed by the server while nothing was asked
-            self.open = await self.connected()
-        reader, writer = self.open
         async with asyncio.timeout(PATIENCE):
-            status, headers = await sent(reader, writer, self.port, path, method, body)
-            content = await reader.readexactly(int(headers.get("content-length", 0)))
+            try:
+                status, headers, content = await self.answered(path, method, body)
+            except (ConnectionError, asyncio.IncompleteReadError) as error:
+                if self.fresh or getattr(error, "partial", b""):
+                    raise
+                self.log.again += 1  # the server ended a connection that lay idle, just then; as a browser, ask again
+                self.leave()
+                status, headers, content = await self.answered(path, method, body)
         self.log.answer(what, status, content, time.monotonic() - began)
         if headers.get("connection") == "close":
             self.leave()
@@ -132,6 +135,14 @@ class Client:
             await asyncio.sleep(min(5, int(headers["retry-after"])) * self.random.uniform(1, 2))
         decoded = json.loads(content) if headers.get("content-type") == "application/json" else {}
         return status, decoded
+
+    async def answered(self, path: str, method: str, body: object) -> tuple[int, dict[str, str], bytes]:
+        self.fresh = self.open is None or self.open[0].at_eof()
+        if self.open is None or self.fresh:
+            self.open = await self.connected()
+        reader, writer = self.open
+        status, headers = await sent(reader, writer, self.port, path, method, body)
+        return status, headers, await reader.readexactly(int(headers.get("content-length", 0)))
 
     async def follow(self, path: str) -> AsyncIterator[dict]:
         """The lines of a run, over a connection of their own."""
@@ -248,14 +259,16 @@ def slope(memory: list[int]) -> float:
 def report(log: Log, memory: list[int]) -> None:
     total = sum(log.answers.values())
     print(f"{total} answers: " + ", ".join(f"{count} x {status}" for status, count in sorted(log.answers.items())))
-    print(f"{log.finished} runs followed to their end, {log.left} left in the middle")
+    print(
+        f"{log.finished} runs followed to their end, {log.left} left in the middle; {log.again} questions asked again"
+    )
     for what, seconds in sorted(log.seconds.items()):
         ordered = sorted(seconds)
         last = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))] * 1e3
         middle = statistics.median(ordered) * 1e3
         print(f"{what:>12}: {len(ordered):6} granted, median {middle:7.1f} ms, 99 % within {last:7.1f} ms")
-    mib = [bytes_ / 2**20 for bytes_ in memory]
-    print(f"memory: {mib[0]:.1f} MiB at first, {max(mib):.1f} at most, {mib[-1]:.1f} at last")
+    tenths = [memory[(len(memory) - 1) * tenth // 10] / 2**20 for tenth in range(11)]
+    print("memory at each tenth of the time, MiB: " + " ".join(f"{mib:.0f}" for mib in tenths))
     print(f"memory after the first third: {slope(memory):+.2f} MiB a minute")
 
 

@@ -335,26 +335,6 @@ def test_who_does_not_read_is_given_up_and_holds_no_memory(impatient):
     assert impatient.files <= files + 1
 
 
-@linux
-def test_a_run_whose_reader_takes_nothing_ends(impatient):
-    """Even if the connection stays: after a while it counts as left, and the run is cancelled."""
-    body = json.dumps({"method": "els", "steps": 200}).encode()
-    name = json.loads(impatient.ask("/api/runs", "POST", body=body).text)["id"]
-    with impatient.connect(receive=2048) as reader:
-        request = f"GET /openapi.json HTTP/1.1\r\nHost: {impatient.host}\r\n\r\n" * 400
-        follow = f"GET /api/runs/{name}/steps HTTP/1.1\r\nHost: {impatient.host}\r\n\r\n"
-        reader.setblocking(False)
-        with suppress(BlockingIOError, ConnectionError):
-            reader.send((follow + request).encode())
-        until = time.monotonic() + 30
-        while json.loads(impatient.ask(f"/api/runs/{name}").text)["state"] == "waiting":
-            assert time.monotonic() < until
-    while (state := json.loads(impatient.ask(f"/api/runs/{name}").text)["state"]) == "running":
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    assert state == "cancelled"
-
-
 def test_newcomers_to_a_crowd_are_told_to_come_back(impatient):
     """Those who are there are served; some more are told why not; others are cut off."""
     time.sleep(1.2)  # what earlier tests left open is closed
