@@ -427,3 +427,29 @@ def test_broken_connections_leave_nothing_behind(server):
         while server.files > files:
             assert time.monotonic() < until
             time.sleep(0.05)
+
+
+def test_ctrl_c_ends_it_whatever_is_open():
+    """Silent connections, halves of requests, streams that are read or not: it ends within seconds."""
+    server = Serving(TASKS=20)
+    head = f"HTTP/1.1\r\nHost: {server.host}\r\n"
+    halves = ["", "GET", f"GET / {head}", f"POST /api/runs {head}Content-Length: 9\r\n\r\n{{", f"GET / {head}\r\nGET /"]
+    body = json.dumps({"method": "els", "steps": 200}).encode()
+    held = []
+    for number in range(20):
+        made = server.connect(receive=2048)
+        made.sendall(halves[number % len(halves)].encode())
+        held.append(made)
+    for _ in range(10):
+        name = json.loads(server.ask("/api/runs", "POST", body=body).text)["id"]
+        made = server.connect(receive=2048)
+        made.sendall(f"GET /api/runs/{name}/steps {head}\r\n".encode())
+        held.append(made)
+    made = server.connect(receive=2048)
+    made.setblocking(False)
+    with suppress(BlockingIOError):
+        made.send(f"GET /openapi.json {head}\r\n".encode() * 700)
+    assert held[-1].recv(17) == b"HTTP/1.1 200 OK\r\n"
+    assert server.stop() == (0, "")
+    for made in held:
+        made.close()

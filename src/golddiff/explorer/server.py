@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import socket
@@ -14,6 +15,7 @@ from ..errors import GolddiffError
 
 __all__ = ["serve"]
 
+LAST_WORDS = 0.5  # seconds in which readers can take the end of their streams
 PATIENCE = 0.2  # seconds that the step under way has to end
 
 
@@ -48,12 +50,23 @@ def serve(bank: Bank, host: str = "127.0.0.1", port: int = 8765, *, open_browser
     address = _address(host, taken, token)
 
     class Server(uvicorn.Server):
-        """Ends streams at the first Ctrl-C: it stops the worker, whose feeds then say that they are over."""
+        """Ends streams at the first Ctrl-C: it stops the worker, whose feeds then say that they are over.
+
+        Who has not sent or read the rest soon after is cut off, which is no error of the application.
+        """
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             explorer.worker.stop()
             explorer.close()
             super().handle_exit(sig, frame)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            asyncio.get_running_loop().call_later(LAST_WORDS, self._cut)
+            await super().shutdown(sockets)
+
+        def _cut(self) -> None:
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
 
     config: Any = uvicorn.Config(
         application(explorer, token),
