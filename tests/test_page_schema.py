@@ -29,7 +29,7 @@ def test_every_operation_answers_as_it_is_described(tmp_path, cache):
     """Statuses, content types, headers and bodies, of right and of wrong requests, alone and one after the other."""
     server = Serving(RATE=1e6, BURST=1e6)
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.address}openapi.json", "--checks", "all"]
-    command += ["--exclude-checks", ",".join(NOT_PROMISED), "--max-examples", CASES or "40", "--no-color"]
+    command += ["--exclude-checks", ",".join(NOT_PROMISED), "--max-examples", CASES or "25", "--no-color"]
     command += ["--continue-on-failure", *([] if CASES else ["--generation-deterministic"])]
     command += ["--report", "har", "--report-har-path", tmp_path / "asked.har"]
     tested = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
