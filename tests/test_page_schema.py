@@ -44,8 +44,8 @@ def test_every_operation_answers_as_it_is_described(tmp_path, cache):
         "GET /api/runs/id/steps/i/sources", "GET /api/runs/id/steps/i/pixels/y/x", "GET /api/bank",
         "GET /api/rows/i.png",
     }  # fmt: skip
-    rare = {"GET /api/runs/id/exact"}  # wants a run that has been followed before
-    assert known - rare <= set(good)  # the others were seen to do their work
+    late = {name for name in known if re.search("exact|sources|pixels", name)}  # want a run that was followed before
+    assert (known if CASES else known - late) <= set(good)  # the others were seen to do their work
     assert known - {"GET /api/bank"} <= set(bad)  # and to refuse
     for entry in asked:
         assert str(cache) not in entry["response"]["content"].get("text", "")  # no place on the disk is told
