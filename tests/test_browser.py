@@ -19,6 +19,7 @@ pytest.importorskip("fastapi", reason="the extra web is not installed")
 sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 import golddiff as gd
+from serving import Serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here")
@@ -449,3 +450,15 @@ def test_nothing_in_the_page_names_another_site():
     for file in folder.iterdir():
         found = re.findall(r"(?:https?:)?//[a-z][\w.-]+\.[a-z]+[^\s\"']*", file.read_text())
         assert [url for url in found if not url.startswith("http://www.w3.org/")] == []
+
+
+def test_a_refusal_is_shown_in_its_words(browser):
+    """A server that has no room for any question says so; the page does too."""
+    server = Serving(QUESTIONS=0)
+    page = browser.new_page()
+    page.goto(server.address)
+    done(page, "failed")
+    said = "too many questions are waiting: ask again in a moment"
+    assert page.locator(".panel[data-panel=main] .message").inner_text() == said
+    page.close()
+    assert server.stop() == (0, "")

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+
+from ..denoise import METHODS
+from ..noise import SCHEDULES
+from ..sample import SAMPLERS
 
 __all__ = [
     "MOST_REMOVED",
@@ -33,6 +37,7 @@ MOST_SEED = 2**53 - 1  # what a page can count exactly
 Name = Annotated[str, StringConstraints(min_length=1, max_length=32)]
 Row = Annotated[int, Field(ge=0, le=MOST_SEED)]
 Label = Annotated[int, Field(ge=-1, le=MOST_SEED)]
+Text = Annotated[str, BeforeValidator(lambda text: text.encode("utf-8", "replace").decode())]  # of names of any folder
 
 
 class Strict(BaseModel):
@@ -55,13 +60,13 @@ class Without(Strict):
 class RunSettings(Strict):
     """Everything that decides a trajectory."""
 
-    method: Name = "golddiff"
+    method: Name = Field(default="golddiff", examples=list(METHODS))
     retrieval: Name | None = Field(default=None, description="None: the default of the method.")
     label: Label | None = Field(default=None, description="A class; None for all.")
     seed: int = Field(default=0, ge=0, le=MOST_SEED)
     steps: int = Field(default=10, ge=1, le=MOST_STEPS)
-    schedule: Name = "ddpm"
-    sampler: Name = "ddim"
+    schedule: Name = Field(default="ddpm", examples=list(SCHEDULES))
+    sampler: Name = Field(default="ddim", examples=list(SAMPLERS))
     without: Without | None = None
 
 
@@ -114,7 +119,7 @@ class End(BaseModel):
 
     kind: Literal["end"] = "end"
     state: Literal["finished", "cancelled", "failed"]
-    message: str = ""
+    message: Text = ""
 
 
 class Compared(BaseModel):
@@ -152,7 +157,7 @@ class Sources(BaseModel):
 
 class ClassInfo(BaseModel):
     label: int
-    name: str
+    name: Text
     rows: int
 
 
@@ -173,7 +178,7 @@ class Limits(BaseModel):
 class BankInfo(BaseModel):
     """What there is to choose from."""
 
-    name: str
+    name: Text
     fingerprint: str
     rows: int
     shape: list[int]

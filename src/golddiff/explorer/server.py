@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import socket
@@ -14,6 +15,7 @@ from ..errors import GolddiffError
 
 __all__ = ["serve"]
 
+LAST_WORDS = 0.5  # seconds in which readers can take the end of their streams
 PATIENCE = 0.2  # seconds that the step under way has to end
 
 
@@ -34,36 +36,54 @@ def serve(bank: Bank, host: str = "127.0.0.1", port: int = 8765, *, open_browser
     try:
         import uvicorn
 
+        from .connection import Connection
         from .guard import is_loopback
+        from .limits import LARGEST_HEAD, TO_ASK
         from .runs import Explorer
         from .web import application
     except ImportError as error:
         raise GolddiffError("the explorer needs the extra web: pip install 'golddiff[web]'") from error
     explorer = Explorer(bank)
     listening = _bound(host, port)
-    token = None if is_loopback(host) else secrets.token_urlsafe(24)
-    address = _address(host, listening.getsockname()[1], token)
+    there, taken = listening.getsockname()[:2]
+    token = None if is_loopback(host) and is_loopback(there) else secrets.token_urlsafe(24)
+    address = _address(host, taken, token)
 
     class Server(uvicorn.Server):
-        """Ends streams at the first Ctrl-C: it stops the worker, whose feeds then say that they are over."""
+        """Ends streams at the first Ctrl-C: it stops the worker, whose feeds then say that they are over.
+
+        Who has not sent or read the rest soon after is cut off, which is no error of the application.
+        """
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             explorer.worker.stop()
             explorer.close()
             super().handle_exit(sig, frame)
 
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            asyncio.get_running_loop().call_later(LAST_WORDS, self._cut)
+            await super().shutdown(sockets)
+
+        def _cut(self) -> None:
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+
     config: Any = uvicorn.Config(
         application(explorer, token),
-        log_level="warning",
+        http=Connection,
+        ws="none",
+        h11_max_incomplete_event_size=LARGEST_HEAD,
+        timeout_keep_alive=int(TO_ASK),
+        timeout_graceful_shutdown=1,
+        proxy_headers=False,  # anyone may write them
+        log_level="error",  # what clients do wrong is not for this log: they could fill it
         access_log=False,
         lifespan="off",
         server_header=False,
-        timeout_graceful_shutdown=1,
-        limit_concurrency=200,
     )
-    print(f"golddiff: {bank} at {address}\ngolddiff: Ctrl-C ends it", flush=True)
-    if token:
-        print(f"golddiff: others can reach {host}: who has this address, token included, can use it", flush=True)
+    only = "others can reach it: who has the address, token included, can use it" if token else "this machine only"
+    print(f"golddiff: {bank} at {address}", flush=True)
+    print(f"golddiff: listening on {there} port {taken}: {only}\ngolddiff: Ctrl-C ends it", flush=True)
     if open_browser:
         webbrowser.open(address)
     try:

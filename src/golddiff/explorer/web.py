@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +11,11 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Request
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from pydantic import BeforeValidator
+from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from ..bank import Bank
 from ..denoise import METHODS
@@ -69,29 +73,52 @@ NOT_FOUND = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Not f
 <main class="lost"><h1>There is nothing at this address</h1>
 <p>The explorer is at <a href="/">the top of this server</a>.</p></main></html>"""
 
+
+def digits(value: str) -> str:
+    """A number in a path, which has one name only."""
+    if not re.fullmatch("0|[1-9][0-9]{0,15}", value):
+        raise PydanticCustomError("digits", "give a whole number from 0 on, in digits alone")
+    return value
+
+
 Id = Annotated[str, InPath(min_length=1, max_length=32, pattern=r"^[A-Za-z0-9_-]+$", description="Of a run.")]
-Index = Annotated[int, InPath(ge=0, le=10**6)]
-Row = Annotated[int, InPath(ge=0, le=MOST_SEED)]
-Whole = Annotated[int, InPath(ge=0, le=10**6)]
-REFUSED: dict[int | str, dict[str, Any]] = {
-    400: {"model": Problem, "description": "No JSON."},
-    401: {"model": Problem, "description": "The token is missing."},
-    403: {"model": Problem, "description": "From a page of another site."},
-    413: {"model": Problem, "description": "Too large."},
-    421: {"model": Problem, "description": "Not addressed to this server."},
-    404: {"model": Problem, "description": "Not there."},
-    410: {"model": Problem, "description": "No longer there: run it again."},
-    422: {"model": Problem, "description": "It cannot be done as asked."},
-    429: {"model": Problem, "description": "Too much is under way."},
-    503: {"model": Problem, "description": "The server is stopping."},
+Row = Annotated[int, InPath(ge=0, le=MOST_SEED), BeforeValidator(digits)]
+Whole = Annotated[int, InPath(ge=0, le=10**6), BeforeValidator(digits)]
+
+
+def problems(said: dict[int, str]) -> dict[int | str, dict[str, Any]]:
+    """The documentation of refusals."""
+    return {status: {"model": Problem, "description": text} for status, text in said.items()}
+
+
+GUARDED = problems(
+    {
+        400: "No request that has one meaning.",
+        401: "The token is missing.",
+        403: "From a page of another site.",
+        408: "The request came too slowly.",
+        413: "Too large.",
+        421: "Not addressed to this server.",
+        431: "Address and headers are too long.",
+        429: "Too much is asked, or under way: come back after as many seconds as Retry-After says.",
+        503: "The server is stopping, or has too many connections.",
+    }
+)
+WRONG = problems({422: "It cannot be done as asked."})
+NOT_THERE = problems({404: "Not there."})
+OF_A_RUN = {**NOT_THERE, **WRONG, **problems({410: "No longer there: run it again."})}
+NEXT = {
+    name: {"operationId": name, "parameters": {"id": "$response.body#/id"}}
+    for name in ("state", "cancel", "follow", "exact", "of_image", "of_pixel")
 }
+"""What can be asked of a new run."""
 
 
 def lines_of(*events: Any) -> dict[int | str, dict[str, Any]]:
     """The documentation of an answer of many lines."""
     names = " or ".join(event.__name__ for event in events)
     schema = {"type": "string", "description": f"Lines of JSON, each {names}."}
-    return {200: {"content": {"application/x-ndjson": {"schema": schema}}, "description": names}, **REFUSED}
+    return {200: {"content": {"application/x-ndjson": {"schema": schema}}, "description": names}, **OF_A_RUN}
 
 
 def application(explorer: Explorer, token: str | None = None) -> FastAPI:
@@ -100,7 +127,15 @@ def application(explorer: Explorer, token: str | None = None) -> FastAPI:
     Arguments:
         token: what a client has to show; None on loopback, where the Host header is checked instead.
     """
-    app = FastAPI(title="golddiff explorer", version=_version(), docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="golddiff explorer",
+        version=_version(),
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # their address would be made of the Host header
+        responses=GUARDED,
+        generate_unique_id_function=lambda route: route.name,
+    )
     app.add_middleware(Guard, token=token)
     _say_what_is_wrong(app, explorer)
     _add_page(app)
@@ -141,48 +176,59 @@ def _say_what_is_wrong(app: FastAPI, explorer: Explorer) -> None:
     async def busy(request: Request, error: Busy) -> Response:
         if explorer.worker.stopped:
             return JSONResponse({"detail": STOPPING}, 503)
-        return JSONResponse({"detail": "too many runs are under way: wait for one to end"}, 429, {"Retry-After": "5"})
+        return JSONResponse({"detail": str(error)}, 429, {"Retry-After": "5"})
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return JSONResponse({"detail": "the body of this request is no JSON"}, 422)
         where = ".".join(str(part) for part in first["loc"][1:]) or str(first["loc"][0])
         return JSONResponse({"detail": f"{where}: {first['msg']}"}, 422)
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> Response:
-        if error.status_code == 404 and not request.url.path.startswith("/api/"):
+        if error.status_code == 404 and not request.scope["path"].startswith("/api/"):
             return HTMLResponse(NOT_FOUND, 404)
+        if error.status_code == 405:  # of all routes of the path, not of the first only
+            found = [route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE]
+            allowed = {method for route in found for method in getattr(route, "methods", None) or ()}
+            return JSONResponse({"detail": "this cannot be done here"}, 405, {"Allow": ", ".join(sorted(allowed))})
         return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
 
 
 def _add_page(app: FastAPI) -> None:
-    """The files of the page; nothing else of the disk can be asked for."""
-    files = {path.relative_to(PAGE).as_posix(): path for path in PAGE.rglob("*") if path.suffix in KINDS}
+    """The files of the page, read now: no request opens a file."""
+    home = (PAGE / "index.html").resolve().parent  # links may lead into it, nowhere else
+    files = {
+        path.relative_to(PAGE).as_posix(): (path.read_bytes(), f"{KINDS[path.suffix]}; charset=utf-8")
+        for path in PAGE.rglob("*")
+        if path.suffix in KINDS and path.resolve().is_relative_to(home)
+    }
 
     def file(name: str) -> Response:
         if name not in files:
             raise HTTPException(404)
-        kind = KINDS[files[name].suffix]
-        return FileResponse(files[name], media_type=f"{kind}; charset=utf-8", headers={"Cache-Control": "no-cache"})
+        content, kind = files[name]
+        return Response(content, media_type=kind, headers={"Cache-Control": "no-cache"})
 
     @app.get("/", include_in_schema=False)
-    def index() -> Response:
+    async def index() -> Response:
         return file("index.html")
 
     @app.get("/page/{name:path}", include_in_schema=False)
-    def part(name: str) -> Response:
+    async def part(name: str) -> Response:
         return file(name)
 
     @app.get("/favicon.ico", include_in_schema=False)
-    def icon() -> Response:
+    async def icon() -> Response:
         return file("icon.svg")
 
 
 def _add_bank(app: FastAPI, explorer: Explorer) -> None:
     bank = explorer.bank
 
-    @app.get("/api/bank", responses={503: REFUSED[503]})
+    @app.get("/api/bank")
     def info() -> BankInfo:
         """What there is to choose from."""
         return described(explorer)
@@ -190,7 +236,7 @@ def _add_bank(app: FastAPI, explorer: Explorer) -> None:
     @app.get(
         "/api/rows/{row}.png",
         response_class=Response,
-        responses={200: {"content": {"image/png": {}}}, 404: REFUSED[404], 422: REFUSED[422]},
+        responses={200: {"content": {"image/png": {}}, "description": "A PNG file."}, **NOT_THERE, **WRONG},
     )
     def thumb(row: Row) -> Response:
         """A training image, small."""
@@ -205,17 +251,17 @@ def _add_runs(app: FastAPI, explorer: Explorer) -> None:
         others = max(0, explorer.worker.waiting - 1)
         return Alive(others=others, preparing=not explorer.prepared).model_dump_json() + "\n"
 
-    @app.post("/api/runs", status_code=201, responses=REFUSED)
+    @app.post("/api/runs", status_code=201, responses={201: {"links": NEXT}, **WRONG})
     async def create(settings: RunSettings) -> RunInfo:
         """Prepares a run; it is computed while somebody follows it."""
         return (await _asked(explorer, lambda: explorer.open(settings))).info()
 
-    @app.get("/api/runs/{id}", responses=REFUSED)
+    @app.get("/api/runs/{id}", responses=OF_A_RUN)
     def state(id: Id) -> RunInfo:
         """A run as it stands."""
         return explorer.run(id).info()
 
-    @app.delete("/api/runs/{id}", responses=REFUSED)
+    @app.delete("/api/runs/{id}", responses=OF_A_RUN)
     def cancel(id: Id) -> RunInfo:
         """Ends a run before its next step; the steps that are done stay."""
         run = explorer.run(id)
@@ -238,15 +284,15 @@ def _add_runs(app: FastAPI, explorer: Explorer) -> None:
 def _add_questions(app: FastAPI, explorer: Explorer) -> None:
     superseded: dict[int | str, dict[str, Any]] = {204: {"description": "Another question came before the answer."}}
 
-    @app.get("/api/runs/{id}/steps/{index}/sources", responses={**superseded, **REFUSED}, response_model=Sources)
-    async def of_image(id: Id, index: Index, every: bool = False) -> Sources | Response:
+    @app.get("/api/runs/{id}/steps/{index}/sources", responses={**superseded, **OF_A_RUN}, response_model=Sources)
+    async def of_image(id: Id, index: Whole, every: bool = False) -> Sources | Response:
         """The rows that made the posterior mean of a step: from as many pixels as do not take long, or from every one,
         then with a map of which row dominates each pixel."""
         found = await asyncio.wrap_future(explorer.run(id).sources(index, every, explorer.worker))
         return Response(status_code=204) if found is None else found
 
-    @app.get("/api/runs/{id}/steps/{index}/pixels/{y}/{x}", responses=REFUSED)
-    async def of_pixel(id: Id, index: Index, y: Whole, x: Whole) -> Sources:
+    @app.get("/api/runs/{id}/steps/{index}/pixels/{y}/{x}", responses=OF_A_RUN)
+    async def of_pixel(id: Id, index: Whole, y: Whole, x: Whole) -> Sources:
         """The rows that made a pixel, with their exact weights."""
         run = explorer.run(id)
         _, height, width = explorer.bank.shape

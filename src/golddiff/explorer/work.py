@@ -10,6 +10,8 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, Literal
 
+from .limits import QUESTIONS, TASKS
+
 __all__ = ["Busy", "Ending", "Task", "Worker"]
 
 
@@ -18,7 +20,7 @@ OnEnd = Callable[[Ending, Exception | None], None]
 
 
 class Busy(Exception):
-    """As many tasks as allowed are under way."""
+    """As much as allowed is under way; the message says what to do."""
 
 
 class Task:
@@ -62,11 +64,11 @@ class Worker:
     turn, so a click waits for one step at most.
 
     Arguments:
-        most: tasks at once; more are refused.
+        most: tasks at once; more are refused. questions: that may wait.
     """
 
-    def __init__(self, most: int = 12) -> None:
-        self.most = most
+    def __init__(self, most: int = TASKS, questions: int = QUESTIONS) -> None:
+        self.most, self.questions = most, questions
         self._tasks: deque[Task] = deque()
         self._patient: deque[Task] = deque()
         self._questions: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
@@ -82,11 +84,17 @@ class Worker:
         return self._count
 
     def ask(self, question: Callable[[], Any]) -> Future[Any]:
-        """Answers a question between two steps."""
+        """Answers a question between two steps.
+
+        Raises:
+            Busy: too many are waiting.
+        """
         answer: Future[Any] = Future()
         with self._news:
             if self.stopped:
                 answer.cancel()
+            elif len(self._questions) >= self.questions:
+                raise Busy("too many questions are waiting: ask again in a moment")
             else:
                 self._questions.append((answer, question))
                 self._news.notify()
@@ -107,7 +115,7 @@ class Worker:
         task = Task(work, on_item, on_end)
         with self._news:
             if self._count >= self.most or self.stopped:
-                raise Busy
+                raise Busy("too many runs are under way: wait for one to end")
             self._count += 1
             (self._patient if patient else self._tasks).append(task)
             self._news.notify()
