@@ -24,6 +24,7 @@ from tqdm import tqdm
 from .derived import Derived
 from .errors import GolddiffError, unknown
 from .files import growing_folder, hash_file
+from .foreign import read_json, regular
 from .images import NO_LABEL, Images, open_source
 from .latents import Latents, reopened, same_as
 from .latents import latents as latents_in
@@ -37,6 +38,7 @@ from .prepare import (
     described,
     fill,
     fingerprint,
+    misfit,
     source_name,
     stamp,
 )
@@ -279,25 +281,31 @@ class Bank:
         if not (path / META).is_file():
             raise GolddiffError(f"{path} is not a bank (it has no {META}): make one with golddiff bank build")
         try:
-            meta = json.loads((path / META).read_text())
+            meta = read_json(path / META)
             version = meta["format"]
             for key, kind in (("arrays", dict), ("classes", list), ("source", dict), ("fingerprint", str)):
                 if version == FORMAT and not isinstance(meta[key], kind):
                     raise TypeError(f"{key} is no {kind.__name__}")
+            if version == FORMAT and not all(
+                isinstance(name, str) for name in (*meta["classes"], meta["source"]["name"])
+            ):
+                raise TypeError("names are no text")
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise GolddiffError(f"{path / META} is damaged ({error}): build the bank again") from error
         if version != FORMAT:
             raise GolddiffError(f"{path} is a bank of format {version}, this is {FORMAT}: build it again")
-        arrays = {}
+        arrays: dict[str, np.ndarray] = {}
         for name in ARRAYS:
             try:
                 # copy-on-write: torch wants writable memory, the file is never written to
-                arrays[name] = np.load(path / f"{name}.npy", mmap_mode="c", allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
+                arrays[name] = np.lib.format.open_memmap(regular(path / f"{name}.npy"), "c")
+            except Exception as error:  # a file that is damaged fails in any way
                 raise GolddiffError(f"{path}/{name}.npy cannot be opened ({error}): build it again") from error
             found, stated = described(arrays[name]), meta["arrays"].get(name)
             if found != stated:
                 raise GolddiffError(f"{path}/{name}.npy is {found}, not {stated}: build the bank again")
+        if wrong := misfit(arrays):
+            raise GolddiffError(f"{path}/{wrong}.npy does not fit the pixels: build the bank again")
         return cls(arrays, meta, path)
 
     @classmethod

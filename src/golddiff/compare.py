@@ -22,6 +22,7 @@ from .bank import Bank
 from .denoise import Denoiser, denoiser
 from .errors import GolddiffError
 from .files import replacing
+from .foreign import Npz, read_json
 from .metrics import agreement, evaluate, mean_and_error, reference_features
 from .noise import schedule_named
 from .oracle import Oracle
@@ -225,7 +226,7 @@ class _Folder:
             raise GolddiffError(f"{path} exists and holds no comparison: choose another --out")
         if file.exists():
             try:
-                before = json.loads(file.read_text())
+                before = read_json(file)
                 different = [key for key in settings if before.get(key) != settings[key]]
             except (ValueError, AttributeError) as error:
                 raise GolddiffError(f"{file} is damaged ({error}): choose another --out, or remove it") from error
@@ -241,7 +242,7 @@ class _Folder:
         file, said = self.path / name, json.dumps(stored, sort_keys=True, default=str)
         if file.exists():
             try:
-                with np.load(file, allow_pickle=False) as kept:
+                with Npz(file) as kept:
                     arrays = {key: kept[key] for key in kept.files}
             except (OSError, ValueError, EOFError, BadZipFile) as error:
                 raise GolddiffError(f"{file} is damaged: remove it, and it is made again") from error

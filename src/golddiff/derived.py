@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .errors import GolddiffError
 from .files import replacing, sweep
+from .foreign import regular
 
 __all__ = ["Derived"]
 
@@ -83,12 +84,12 @@ def _writable(folder: Path) -> bool:
 def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a file, if its bytes are those that were written."""
     try:
-        with safe_open(file, "pt") as opened:
+        with safe_open(regular(file), "pt") as opened:
             metadata = opened.metadata() or {}
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         if metadata.get("hash") != _hashed(tensors):
             raise SafetensorError("its bytes were changed")
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # a file that is damaged fails in any way
         raise GolddiffError(f"{file} is damaged ({error}): remove it, it will be made again") from error
     return metadata, tensors
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import hashlib
-import json
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from torch.nn import functional
 
 from .bank import Bank
 from .errors import GolddiffError, unknown
+from .foreign import read_json
 from .noise import EDM, Noise
 
 __all__ = [
@@ -36,6 +36,8 @@ __all__ = [
 
 MASK_RULES = ("output", "correlation", "published")
 BYTES_IN_MEMORY = 2**28
+LARGEST_SIDE = 2**31  # of a window; larger whole numbers are no sides
+LARGEST_TABLE = 2**20  # bytes of a calibration
 LARGEST_MASK = 2**28  # entries of a window's mask
 WORTH_KEEPING = 4096  # pixels from which runs of a mask are kept with the bank
 TILE = 1024  # pixels of one prefix sum, see kernels.py
@@ -226,8 +228,8 @@ class Windows:
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise wrong
             rho, side = pair
-            number = isinstance(rho, int | float) and not isinstance(rho, bool) and rho >= 0
-            if not number or type(side) is not int or side < 1 or side % 2 == 0:
+            number = (isinstance(rho, float) or (type(rho) is int and rho < LARGEST_SIDE)) and rho >= 0
+            if not number or type(side) is not int or not 1 <= side < LARGEST_SIDE or side % 2 == 0:
                 raise wrong
         self.table: list[list[float]] = sorted([float(rho), side] for rho, side in sides)
         self._angles = [math.atan(rho) for rho, _ in self.table]
@@ -245,7 +247,7 @@ def _odd(side: float) -> int:
 
 def _read_windows(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())["windows"]
+        return read_json(path, LARGEST_TABLE)["windows"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GolddiffError(f"{path} is no calibration ({error}): make one with golddiff calibrate") from error
 

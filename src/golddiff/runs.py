@@ -25,6 +25,7 @@ from .bank import Bank
 from .denoise import Denoiser
 from .errors import GolddiffError, unknown
 from .files import half_written, replacing, sweep
+from .foreign import Npz, read_json
 from .pictures import grid, save_png, to_uint8
 from .ranks import ALONE, Ranks
 from .recipe import Recipe
@@ -200,7 +201,7 @@ class _RunFolder:
     def _continued(self, recipe: Recipe, file: Path) -> Recipe:
         """The recipe with the seeds of both runs, if they make the same images."""
         try:
-            before = json.loads(file.read_text())
+            before = read_json(file)
             earlier = [int(seed) for seed in before["seeds"]]
             same = recipe.same_images(before)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -237,7 +238,7 @@ class _RunFolder:
         arrays = []
         for seed in seeds:
             try:
-                with Image.open(self.picture(seed)) as image:
+                with Image.open(self.picture(seed), formats=("PNG",)) as image:
                     array = np.asarray(image)
             except (OSError, SyntaxError, ValueError) as error:
                 raise GolddiffError(f"{self.picture(seed)} is damaged: remove it, and it is made again") from error
@@ -251,7 +252,7 @@ class _RunFolder:
         pictures, labels, heads = [], [], []
         for seed in seeds:
             try:
-                with np.load(self.steps(seed)) as kept:
+                with Npz(self.steps(seed)) as kept:
                     x_t, mean, scale, time = (kept[key] for key in ("x_t", "mean", "scale", "time"))
             except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
                 raise GolddiffError(f"{self.steps(seed)} is damaged: remove it, and it is made again") from error

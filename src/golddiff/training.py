@@ -18,6 +18,7 @@ from tqdm import tqdm
 from .bank import Bank
 from .errors import GolddiffError
 from .files import half_written, replacing, sweep
+from .foreign import read_json
 from .golden import hashed
 
 __all__ = ["Training", "train_oracle"]
@@ -175,7 +176,7 @@ def _claim(out: Path, bank: Bank, training: Training) -> None:
         raise GolddiffError(f"{out} is a file: choose another --out")
     if file.exists():
         try:
-            before = json.loads(file.read_text())
+            before = read_json(file)
         except ValueError as error:
             raise GolddiffError(f"{file} is damaged ({error}): choose another --out") from error
         if before != said:

@@ -10,7 +10,8 @@ from PIL import Image
 
 from ..errors import GolddiffError
 from ..foreign import Npz, regular
-from .core import NO_LABEL, Images, as_labels
+from ..memory import require
+from .core import NO_LABEL, ROW_MEMORY, Images, as_labels
 
 __all__ = ["from_array", "from_dataset", "read_numpy"]
 
@@ -37,6 +38,9 @@ def from_array(array: Any, labels: Any = None, layout: str | None = None, classe
         raise GolddiffError(
             f"layout {layout} does not fit an array of shape {array.shape}: use --layout NHWC, NCHW or NHW"
         )
+    if 0 in array.shape[1:]:
+        raise GolddiffError(f"pictures of shape {array.shape[1:]}: they need at least one pixel")
+    require(ROW_MEMORY * len(array), f"a list of {len(array)} pictures", "take fewer")
     check_pixels(array)
     if layout == "NHW":
         array = array[:, None]

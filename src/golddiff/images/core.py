@@ -11,10 +11,11 @@ import numpy as np
 
 from ..errors import GolddiffError
 
-__all__ = ["NO_LABEL", "Images", "as_labels"]
+__all__ = ["NO_LABEL", "ROW_MEMORY", "Images", "as_labels"]
 
 NO_LABEL = -1
 LARGEST_LABEL = 2**31 - 1
+ROW_MEMORY = 128  # bytes that a picture takes before it is read: label, id, place
 
 
 def as_labels(values: Any) -> np.ndarray:

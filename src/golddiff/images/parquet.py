@@ -15,13 +15,12 @@ import pyarrow.parquet as pq
 from ..errors import GolddiffError
 from ..foreign import parse_json, regular
 from ..memory import require
-from .core import NO_LABEL, Images, as_labels
+from .core import NO_LABEL, ROW_MEMORY, Images, as_labels
 from .pictures import LARGEST_FILE, EncodedPicture, decoded
 
 __all__ = ["find_parquet", "read_parquet"]
 
 BATCH = 16  # cells that are read at once
-ROW_MEMORY = 128  # bytes that a row takes before its picture is read: label, id, place
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 
 
