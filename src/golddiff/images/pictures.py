@@ -20,6 +20,7 @@ __all__ = ["LARGEST_FILE", "EncodedPicture", "decoded"]
 
 LARGEST_SIDE = 4096
 LARGEST_PIXELS = 2**26
+LARGEST_RUNS = 2**22  # pixels of a BMP in runs, which Pillow fills in one by one
 LARGEST_FILE = 2**28  # bytes of one encoded picture
 HELD = 2**26  # bytes of encoded pictures after which they are decoded
 GROUP = 64  # or so many of them
@@ -132,10 +133,11 @@ def _held(fetch: Callable[[int], EncodedPicture], wanted: Sequence[int]) -> Iter
 def _open(picture: EncodedPicture) -> Image.Image:
     source = picture.source
     image = Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=FORMATS)
-    if image.width * image.height > LARGEST_PIXELS:
+    most = LARGEST_RUNS if "bmp_rle" in str(getattr(image, "tile", [])[:1]) else LARGEST_PIXELS
+    if image.width * image.height > most:
         image.close()
         raise GolddiffError(
-            f"{picture.name} has {image.width} x {image.height} pixels, more than {LARGEST_PIXELS}: make it smaller"
+            f"{picture.name} has {image.width} x {image.height} pixels, more than {most}: make it smaller"
         )
     return image
 
