@@ -69,7 +69,7 @@ def campaign(name: str, seconds: int, inputs: int, out: Path) -> int:
             if ended.returncode:
                 (found / f"log-{time.time_ns()}.txt").write_text(ended.stdout[-4000:] + ended.stderr[-12000:])
             if units == 0:
-                break  # it does not even begin
+                raise SystemExit(f"{name} does not begin: see the log in {found}")
     findings = len(list(found.iterdir())) - before
     taken = time.monotonic() - begun
     print(f"{name}: {done} inputs, {taken:.0f} s, {findings // 2} findings, peak {peak} MiB", flush=True)

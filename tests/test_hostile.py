@@ -19,6 +19,7 @@ import tarfile
 import time
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import golddiff as gd
+from golddiff import derived
+from golddiff.cells import Cells
 from golddiff.foreign import Npz
+from golddiff.locality import MaskRuns
+from golddiff.prepare import Journal
 from golddiff.recipe import comparison, parse_seeds, read_settings
 
 sys.path.append(str(Path(__file__).parents[1] / "fuzz"))
@@ -384,8 +390,13 @@ def test_few_bytes_of_parquet_that_stand_for_many_pictures(tmp_path):
         writer.write_table(pa.table({"image": pa.array([picture] * 800, pa.binary())}), row_group_size=800)
     assert path.stat().st_size < 2 * MIB
     taken = []
-    assert grown(lambda: taken.extend(read(path, limit=100))) < 2**27  # all of them are 400 MiB
-    assert len(taken) == 100
+
+    def some():
+        images = gd.open_source(path, limit=100)
+        taken.extend(images.read(90, 100))
+
+    assert grown(some) < 2**27  # all of them are 400 MiB
+    assert len(taken) == 10
 
 
 def test_lies_in_parquet(tmp_path):
@@ -613,6 +624,53 @@ def test_files_of_a_bank_that_are_none(tmp_path, toy):
         (folder / "keys.npy").write_bytes(data)
         refused(lambda: gd.Bank.open(folder), "keys.npy cannot be opened")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_derived_from_a_bank_is_checked_too(tmp_path, toy):
+    """Its hash is no secret; what it leads compiled loops to must be there."""
+    folder = bank_folder(tmp_path, toy)
+    x, noise = toy.images(slice(0, 1)), gd.Noise(0.7, 0.7)
+    expected = gd.denoiser("golddiff", gd.Bank.open(folder))(x, noise).mean
+    levels = list((folder / "derived").glob("level-*.safetensors"))
+    assert levels
+    tensors = load_file(levels[0])
+    for name, value in (("inputs", 2**30), ("inputs", -1), ("counts", 2**40), ("tiling", 99)):
+        wrong = {**tensors, name: torch.full_like(tensors[name], value)}
+        stamp = {"fingerprint": toy.fingerprint, "format": str(derived.FORMAT), "hash": derived._hashed(wrong)}
+        save_file(wrong, levels[0], metadata=stamp)
+        refused(
+            lambda: gd.denoiser("golddiff", gd.Bank.open(folder))(x, noise), "does not fit its bank: remove it", 2**29
+        )
+    levels[0].unlink()
+    assert torch.equal(gd.denoiser("golddiff", gd.Bank.open(folder))(x, noise).mean, expected)
+
+
+def test_runs_of_masks_and_cells_lead_to_what_is_there():
+    pytest.importorskip("numba")
+    mask = torch.rand(1500, 1500, generator=torch.Generator().manual_seed(0)) < 0.3
+    runs = MaskRuns.of(mask, torch.arange(40))
+    assert runs.within(1500)
+    changes = {"inputs": 1500, "outputs": -1, "blocks": 1437, "start": len(runs.ends) + 2, "ends": 1025}
+    for name, value in changes.items():
+        array = getattr(runs, name).copy()
+        array.flat[-1] = value
+        assert not replace(runs, **{name: array}).within(1500)
+    assert not replace(runs, start=runs.start[:, :-1]).within(1500)
+    inputs = torch.arange(6).view(2, 3)
+    rows = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    kept = Cells.find(lambda chosen: rows[chosen], torch.arange(50), inputs, torch.ones(2, 3))
+    assert Cells.fit(kept, 50, inputs)
+    for name, value in {"begins": 51, "rows": 50, "cells": -1}.items():
+        wrong = kept[name].clone()
+        wrong.view(-1)[-1] = value
+        assert not Cells.fit({**kept, name: wrong}, 50, inputs)
+    assert not Cells.fit(kept, 49, inputs)
+
+
+def test_a_journal_of_another_build(tmp_path):
+    for pixels, total in ((-1, np.zeros(4)), (11, np.zeros(4)), (1, np.zeros(5)), (1, np.zeros(4, np.int64))):
+        np.savez(tmp_path / "journal.npz", pixels=pixels, proxies=0, total=total)
+        refused(lambda: Journal(tmp_path / "journal.npz", 4, 10), "journal.npz is damaged .* remove the folder")
 
 
 # ---- random changes ----------------------------------------------------------------------------------

@@ -228,7 +228,7 @@ class Bank:
             def in_memory(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
                 return arrays.setdefault(name, np.empty(shape, dtype))
 
-            meta = fill(images, stated, in_memory, Journal(None, math.prod(images.shape)), progress)
+            meta = fill(images, stated, in_memory, Journal(None, math.prod(images.shape), len(images)), progress)
             return cls(arrays, meta)._decoding(coder)
         if known is None:
             known = stamp(source, telling) if from_path or isinstance(source, Images) else secrets.token_hex(4)
@@ -259,7 +259,7 @@ class Bank:
                     os.posix_fallocate(opened.fileno(), 0, array.offset + array.nbytes)
             return array
 
-        journal = Journal(folder / JOURNAL, math.prod(images.shape))
+        journal = Journal(folder / JOURNAL, math.prod(images.shape), len(images))
         meta = fill(images, stated, on_disk, journal, progress)
         with ThreadPoolExecutor() as pool:
             hashes = pool.map(hash_file, [folder / f"{name}.npy" for name in ARRAYS])
@@ -577,14 +577,20 @@ class Bank:
         return Rows(blocks, count, centre, self.scale, self.offset, largest)
 
     def keep(
-        self, name: str, compute: Callable[[], dict[str, Tensor]], remember: bool = True, *, of_rows: bool = False
+        self,
+        name: str,
+        compute: Callable[[], dict[str, Tensor]],
+        remember: bool = True,
+        *,
+        of_rows: bool = False,
+        fits: Callable[[dict[str, Tensor]], bool] | None = None,
     ) -> dict[str, Tensor]:
         """Tensors derived from this bank, see `Derived.get`.
 
         Arguments:
             of_rows: they depend on which rows are there, so a view does not share them even if it keeps statistics.
         """
-        return (self._of_rows if of_rows else self._derived).get(name, compute, remember)
+        return (self._of_rows if of_rows else self._derived).get(name, compute, remember, fits)
 
 
 def _check_free(out: Path, force: bool) -> None:

@@ -38,16 +38,26 @@ class Derived:
         self._stamp = {"fingerprint": fingerprint, "format": str(FORMAT)}
         self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
-    def get(self, name: str, compute: Callable[[], dict[str, Tensor]], remember: bool = True) -> dict[str, Tensor]:
+    def get(
+        self,
+        name: str,
+        compute: Callable[[], dict[str, Tensor]],
+        remember: bool = True,
+        fits: Callable[[dict[str, Tensor]], bool] | None = None,
+    ) -> dict[str, Tensor]:
         """The tensors of a name: from memory, from the folder, or computed and put there.
 
-        With `remember=False` they are not held in memory (without a folder they are then forgotten).
+        With `remember=False` they are not held in memory (without a folder they are then forgotten). `fits` says of
+        tensors from the folder whether they can be used: compiled loops do not look whether a number leads beyond an
+        array.
         """
         if name in self._kept:
             self._kept.move_to_end(name)
             return self._kept[name]
         file = self.folder / f"{name}.safetensors" if self.folder else None
         metadata, tensors = _read(file) if file and file.exists() else ({}, {})
+        if fits and self._stamp.items() <= metadata.items() and not _holds(fits, tensors):
+            raise GolddiffError(f"{file} does not fit its bank: remove it, it will be made again")
         if not self._stamp.items() <= metadata.items():  # not there, or of another bank or version
             tensors = {k: t.contiguous() for k, t in compute().items()}
             if file and _writable(file.parent):  # a bank that cannot be written to still works; it only forgets
@@ -71,6 +81,13 @@ class Derived:
             except GolddiffError as error:
                 wrong.append(str(error))
         return wrong
+
+
+def _holds(fits: Callable[[dict[str, Tensor]], bool], tensors: dict[str, Tensor]) -> bool:
+    try:
+        return bool(fits(tensors))
+    except Exception:  # a tensor is missing, or of another kind
+        return False
 
 
 def _size(tensors: dict[str, Tensor]) -> int:

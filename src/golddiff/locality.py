@@ -134,6 +134,19 @@ class MaskRuns:
             parts.append(MaskRuns(inputs, outputs, blocks, start, ends, int(tensors[f"{i} largest"])))
         return parts
 
+    def within(self, size: int) -> bool:
+        """Whether all of its numbers lead to places of rows of so many pixels, and of its own arrays."""
+        pixels = [(self.inputs, size), (self.outputs, size), (self.blocks, max(0, size - 64) + 1)]
+        shape = (-(-len(self.inputs) // TILE), len(self.outputs) + 1)
+        if self.start.shape != shape or self.start.dtype != np.int64 or self.ends.dtype != np.int16:
+            return False
+        if any(part.dtype != np.int64 or part.ndim != 1 for part, _ in pixels) or self.ends.ndim != 1:
+            return False
+        flat = self.start.ravel()
+        bounds = [*pixels, (self.ends, min(TILE, len(self.inputs)) + 1), (flat, len(self.ends) + 1)]
+        inside = all(part.size == 0 or (part.min() >= 0 and part.max() < bound) for part, bound in bounds)
+        return inside and bool((np.diff(flat) >= 0).all()) and not (flat % 2).any()
+
     @property
     def nbytes(self) -> int:
         return self.start.nbytes + self.ends.nbytes + self.inputs.nbytes
@@ -398,7 +411,11 @@ class PCAMask(Masked):
         def compute() -> dict[str, Tensor]:
             return MaskRuns.packed(super(PCAMask, self)._runs(noise, label, tiles, count) or [])
 
-        return MaskRuns.unpacked(self.bank.keep(f"runs-{count}-{self.name(noise, label)}", compute, remember=False))
+        def fits(tensors: dict[str, Tensor]) -> bool:
+            return all(part.within(self.bank.D) for part in MaskRuns.unpacked(tensors))
+
+        name = f"runs-{count}-{self.name(noise, label)}"
+        return MaskRuns.unpacked(self.bank.keep(name, compute, remember=False, fits=fits))
 
     def _compute(self, name: str, noise: Noise, label: int | None) -> Tensor:
         """The mask, bit-packed and kept with the bank; or the ratios themselves, float."""

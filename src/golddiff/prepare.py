@@ -87,9 +87,10 @@ class Journal:
 
     Arguments:
         path: where it is kept; None keeps it in memory only.
+        size: numbers of a picture. count: pictures.
     """
 
-    def __init__(self, path: Path | None, size: int) -> None:
+    def __init__(self, path: Path | None, size: int, count: int) -> None:
         self.path = path
         self.pixels, self.proxies, self.total = 0, 0, np.zeros(size)
         self._noted = time.monotonic()
@@ -98,7 +99,11 @@ class Journal:
                 with Npz(path) as kept:
                     self.pixels, self.proxies = int(kept["pixels"]), int(kept["proxies"])
                     self.total = kept["total"]
-                if min(self.pixels, self.proxies) < 0 or self.total.shape != (size,) or self.total.dtype != np.float64:
+                if (
+                    not 0 <= self.proxies <= self.pixels <= count
+                    or self.total.shape != (size,)
+                    or self.total.dtype != np.float64
+                ):
                     raise ValueError("it is of other pictures")
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise GolddiffError(f"{path} is damaged ({error}): remove the folder {path.parent}") from error
