@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,9 +32,12 @@ def regular(path: Path) -> Path:
 
     Raises:
         GolddiffError: it is a pipe, a device, a socket, or a link that leads nowhere: reading it may never end.
+        FileNotFoundError: nothing is there.
     """
     if not path.is_file():
-        kind = "a pipe, a socket or a device" if path.exists() else "a link that leads nowhere, or gone"
+        if not path.exists() and not path.is_symlink():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        kind = "a pipe, a socket or a device" if path.exists() else "a link that leads nowhere"
         raise GolddiffError(f"{path} is no file but {kind}: remove it, or give a regular file")
     return path
 
