@@ -246,7 +246,10 @@ def _kept(folder: Path, scheduler: Any) -> tuple[Bank, dict[str, Any], Any]:
             stated = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
             import diffusers
 
-            scheduler = getattr(diffusers, stated["_class_name"]).from_config(stated)
+            kind = getattr(diffusers, stated["_class_name"])
+            if not issubclass(kind, diffusers.SchedulerMixin):  # else the file could have anything of it made
+                raise TypeError(f"{stated['_class_name']} is no scheduler")
+            scheduler = kind.from_config(stated)
         return open_bank(kept["bank"]), kept, scheduler
     except GolddiffError:
         raise
