@@ -24,6 +24,7 @@ from tqdm import tqdm
 from .derived import Derived
 from .errors import GolddiffError, unknown
 from .files import growing_folder, hash_edges, hash_file
+from .foreign import regular
 from .images import NO_LABEL, Images, open_source
 from .jsons import as_written, checksum, read_json, sealed, write_json
 from .latents import Latents, reopened, same_as
@@ -39,6 +40,7 @@ from .prepare import (
     described,
     fill,
     fingerprint,
+    misfit,
     source_name,
     stamp,
 )
@@ -239,7 +241,7 @@ class Bank:
             def in_memory(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
                 return arrays.setdefault(name, np.empty(shape, dtype))
 
-            meta = fill(images, stated, in_memory, Journal(None, math.prod(images.shape)), progress)
+            meta = fill(images, stated, in_memory, Journal(None, math.prod(images.shape), len(images)), progress)
             return cls(arrays, meta)._decoding(coder)
         if known is None:
             known = stamp(source, telling) if from_path or isinstance(source, Images) else secrets.token_hex(4)
@@ -270,7 +272,7 @@ class Bank:
                     os.posix_fallocate(opened.fileno(), 0, array.offset + array.nbytes)
             return array
 
-        journal = Journal(folder / JOURNAL, math.prod(images.shape))
+        journal = Journal(folder / JOURNAL, math.prod(images.shape), len(images))
         meta = fill(images, stated, on_disk, journal, progress)
         with ThreadPoolExecutor() as pool:
             hashes = pool.map(hash_file, [folder / f"{name}.npy" for name in ARRAYS])
@@ -294,7 +296,10 @@ class Bank:
         if not (path / META).is_file():
             raise GolddiffError(f"{path} is not a bank (it has no {META}): make one with golddiff bank build")
         meta = _read_meta(path / META)
-        return cls({name: _mapped(path / f"{name}.npy", meta) for name in ARRAYS}, meta, path)
+        arrays = {name: _mapped(path / f"{name}.npy", meta) for name in ARRAYS}
+        if wrong := misfit(arrays):
+            raise GolddiffError(f"{path}/{wrong}.npy does not fit the pixels: build the bank again")
+        return cls(arrays, meta, path)
 
     @classmethod
     def _open_as_is(cls, path: Path, options: dict[str, Any]) -> Bank:
@@ -583,14 +588,20 @@ class Bank:
         return Rows(blocks, count, centre, self.scale, self.offset, largest)
 
     def keep(
-        self, name: str, compute: Callable[[], dict[str, Tensor]], remember: bool = True, *, of_rows: bool = False
+        self,
+        name: str,
+        compute: Callable[[], dict[str, Tensor]],
+        remember: bool = True,
+        *,
+        of_rows: bool = False,
+        fits: Callable[[dict[str, Tensor]], bool] | None = None,
     ) -> dict[str, Tensor]:
         """Tensors derived from this bank, see `Derived.get`.
 
         Arguments:
             of_rows: they depend on which rows are there, so a view does not share them even if it keeps statistics.
         """
-        return (self._of_rows if of_rows else self._derived).get(name, compute, remember)
+        return (self._of_rows if of_rows else self._derived).get(name, compute, remember, fits)
 
 
 def _check_free(out: Path, force: bool) -> None:
@@ -615,17 +626,19 @@ def _read_meta(file: Path) -> dict[str, Any]:
     for key, kind in (("arrays", dict), ("classes", list), ("source", dict), ("fingerprint", str)):
         if not isinstance(meta.get(key), kind):
             raise GolddiffError(f"{file} is damaged ({key} is no {kind.__name__}): {again}")
+    if not all(isinstance(name, str) for name in (*meta["classes"], meta["source"].get("name"))):
+        raise GolddiffError(f"{file} is damaged (names are no text): {again}")
     return meta
 
 
 def _mapped(file: Path, meta: dict[str, Any]) -> np.ndarray:
     """An array of a bank, if its file begins and ends as it was built."""
     try:
-        if hash_edges(file) != (meta.get("edges") or {}).get(file.stem):
+        if hash_edges(regular(file)) != (meta.get("edges") or {}).get(file.stem):
             raise ValueError("it is not the file of the build")
         # copy-on-write: torch wants writable memory, the file is never written to
-        array: np.ndarray = np.load(file, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        array: np.ndarray = np.lib.format.open_memmap(file, "c")
+    except Exception as error:  # a file that is damaged fails in any way
         if getattr(error, "errno", None) == errno.ENOMEM:
             raise
         raise GolddiffError(f"{file} cannot be opened ({error}): build the bank again") from error

@@ -101,6 +101,21 @@ class Cells:
             "cells": cells,
         }
 
+    @staticmethod
+    def fit(tensors: dict[str, Tensor], count: int, inputs: Tensor) -> bool:
+        """Whether tensors are cells of so many rows, whose numbers lead to rows and cells that there are."""
+        begins, rows, cells, basis = (tensors[name] for name in ("begins", "rows", "cells", "basis"))
+        tiles, places = inputs.shape
+        shapes = [tuple(tensors[name].shape) for name in ("begins", "rows", "cells", "spreads")]
+        if shapes != [(tiles, CELLS + 1), (tiles, count), (count, tiles), (tiles, CELLS)]:
+            return False
+        if basis.shape[:2] != (tiles, places) or tensors["centres"].shape != (tiles, CELLS, basis.shape[2]):
+            return False
+        if (begins.dtype, rows.dtype, cells.dtype) != (torch.int64, torch.int32, torch.int16):
+            return False
+        steady = bool((begins.diff(dim=1) >= 0).all() and (begins[:, 0] == 0).all() and (begins[:, -1] == count).all())
+        return steady and bool(rows.min() >= 0 and rows.max() < count and cells.min() >= 0 and cells.max() < CELLS)
+
     def chances(self, seen: Tensor, step: Tensor, wanted: int, least: float) -> Tensor:
         r"""The logarithm of the chance of each cell, `(B, T, C)` float32; so many rows of a tile are expected.
 

@@ -23,6 +23,7 @@ from .bank import Bank
 from .denoise import Denoiser, denoiser
 from .errors import GolddiffError
 from .files import holding, is_empty, replacing
+from .foreign import Npz
 from .jsons import read_json, write_json
 from .memory import explained, require
 from .metrics import agreement, evaluate, mean_and_error, reference_features
@@ -242,7 +243,7 @@ class _Folder:
         file, said = self.path / name, json.dumps(stored, sort_keys=True, default=str)
         if file.exists():
             try:
-                with np.load(file, allow_pickle=False) as kept:
+                with Npz(file) as kept:
                     arrays = {key: kept[key] for key in kept.files}
             except (OSError, ValueError, EOFError, BadZipFile) as error:
                 raise GolddiffError(f"{file} is damaged: remove it, and it is made again") from error

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .errors import GolddiffError
 from .files import save_tensors, sweep
+from .foreign import regular
 
 __all__ = ["Derived"]
 
@@ -36,16 +37,26 @@ class Derived:
         self._stamp = {"fingerprint": fingerprint, "format": str(FORMAT)}
         self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
-    def get(self, name: str, compute: Callable[[], dict[str, Tensor]], remember: bool = True) -> dict[str, Tensor]:
+    def get(
+        self,
+        name: str,
+        compute: Callable[[], dict[str, Tensor]],
+        remember: bool = True,
+        fits: Callable[[dict[str, Tensor]], bool] | None = None,
+    ) -> dict[str, Tensor]:
         """The tensors of a name: from memory, from the folder, or computed and put there.
 
-        With `remember=False` they are not held in memory (without a folder they are then forgotten).
+        With `remember=False` they are not held in memory (without a folder they are then forgotten). `fits` says of
+        tensors from the folder whether they can be used: compiled loops do not look whether a number leads beyond an
+        array.
         """
         if name in self._kept:
             self._kept.move_to_end(name)
             return self._kept[name]
         file = self.folder / f"{name}.safetensors" if self.folder else None
         metadata, tensors = _read(file) if file and file.exists() else ({}, {})
+        if fits and self._stamp.items() <= metadata.items() and not _holds(fits, tensors):
+            raise GolddiffError(f"{file} does not fit its bank: remove it, it will be made again")
         if not self._stamp.items() <= metadata.items():  # not there, or of another bank or version
             tensors = {k: t.contiguous() for k, t in compute().items()}
             if file and _writable(file.parent):  # a bank that cannot be written to still works; it only forgets
@@ -72,6 +83,13 @@ class Derived:
         return wrong
 
 
+def _holds(fits: Callable[[dict[str, Tensor]], bool], tensors: dict[str, Tensor]) -> bool:
+    try:
+        return bool(fits(tensors))
+    except Exception:  # a tensor is missing, or of another kind
+        return False
+
+
 def _size(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
@@ -83,12 +101,12 @@ def _writable(folder: Path) -> bool:
 def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a file, if its bytes are those that were written."""
     try:
-        with safe_open(file, "pt") as opened:
+        with safe_open(regular(file), "pt") as opened:
             metadata = opened.metadata() or {}
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         if metadata.get("hash") != _hashed(tensors):
             raise SafetensorError("its bytes were changed")
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # a file that is damaged fails in any way
         raise GolddiffError(f"{file} is damaged ({error}): remove it, it will be made again") from error
     return metadata, tensors
 

@@ -226,8 +226,11 @@ class LocalSubset(Subset):
         def find() -> dict[str, Tensor]:
             return Cells.find(self._scores.reader(level), self.bank.keys.cpu(), level.inputs.cpu(), level.weights.cpu())
 
+        def fits(tensors: dict[str, Tensor]) -> bool:
+            return Cells.fit(tensors, len(self.bank.keys), level.inputs)
+
         def compute() -> tuple[Cells, int]:
-            kept = self.bank.keep(f"cells-{level.name}", find, remember=False)
+            kept = self.bank.keep(f"cells-{level.name}", find, remember=False, fits=fits)
             return Cells(**{name: tensor.to(self.bank.device) for name, tensor in kept.items()}), 0  # mapped
 
         return self._cells.get(level.name, compute)

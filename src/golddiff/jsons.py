@@ -9,10 +9,10 @@ from typing import Any
 
 from .errors import GolddiffError
 from .files import replacing
+from .foreign import LARGEST_TEXT, parse_json, read_text
 
 __all__ = ["as_written", "checksum", "read_json", "sealed", "unsealed", "write_json"]
 
-LARGEST = 2**28  # bytes
 SEAL = "checksum"
 
 
@@ -25,10 +25,10 @@ def write_json(path: Path, content: Any) -> None:
 def as_written(path: Path) -> bool:
     """Whether every byte of a sealed file is as it was written."""
     try:
-        text = path.read_text()
-        content = json.loads(text)
+        text = read_text(path)
+        content = parse_json(text)
         return content[SEAL] == checksum(content) and text == _text(content)
-    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return False
 
 
@@ -36,18 +36,18 @@ def _text(content: Any) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
-def read_json(path: Path, fix: str) -> Any:
-    """The content of a file.
+def read_json(path: Path, fix: str, most: int = LARGEST_TEXT) -> Any:
+    """The content of a file of at most so many bytes.
 
     Arguments:
         fix: what to do if it is damaged, for the message.
     """
     try:
-        if path.stat().st_size > LARGEST:
-            raise ValueError(f"it has over {LARGEST >> 20} MiB")
-        return json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError, MemoryError) as error:
-        raise GolddiffError(f"{path} cannot be read ({error or type(error).__name__}): {fix}") from error
+        return parse_json(read_text(path, most))
+    except GolddiffError:
+        raise
+    except (OSError, ValueError, MemoryError) as error:
+        raise GolddiffError(f"{path} cannot be read ({str(error)[:120] or type(error).__name__}): {fix}") from error
 
 
 def checksum(content: dict[str, Any]) -> str:

@@ -36,6 +36,8 @@ __all__ = [
 
 MASK_RULES = ("output", "correlation", "published")
 BYTES_IN_MEMORY = 2**28
+LARGEST_SIDE = 2**31  # of a window; larger whole numbers are no sides
+LARGEST_TABLE = 2**20  # bytes of a calibration
 LARGEST_MASK = 2**28  # entries of a window's mask
 WORTH_KEEPING = 4096  # pixels from which runs of a mask are kept with the bank
 CALIBRATION = ("windows", "method", "bank", "seeds", "times", "sides", "cosine", "checksum")  # keys of its file
@@ -133,6 +135,19 @@ class MaskRuns:
             parts.append(MaskRuns(inputs, outputs, blocks, start, ends, int(tensors[f"{i} largest"])))
         return parts
 
+    def within(self, size: int) -> bool:
+        """Whether all of its numbers lead to places of rows of so many pixels, and of its own arrays."""
+        pixels = [(self.inputs, size), (self.outputs, size), (self.blocks, max(0, size - 64) + 1)]
+        shape = (-(-len(self.inputs) // TILE), len(self.outputs) + 1)
+        if self.start.shape != shape or self.start.dtype != np.int64 or self.ends.dtype != np.int16:
+            return False
+        if any(part.dtype != np.int64 or part.ndim != 1 for part, _ in pixels) or self.ends.ndim != 1:
+            return False
+        flat = self.start.ravel()
+        bounds = [*pixels, (self.ends, min(TILE, len(self.inputs)) + 1), (flat, len(self.ends) + 1)]
+        inside = all(part.size == 0 or (part.min() >= 0 and part.max() < bound) for part, bound in bounds)
+        return inside and bool((np.diff(flat) >= 0).all()) and not (flat % 2).any()
+
     @property
     def nbytes(self) -> int:
         return self.start.nbytes + self.ends.nbytes + self.inputs.nbytes
@@ -228,8 +243,8 @@ class Windows:
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise wrong
             rho, side = pair
-            number = isinstance(rho, int | float) and not isinstance(rho, bool) and rho >= 0
-            if not number or type(side) is not int or side < 1 or side % 2 == 0:
+            number = (isinstance(rho, float) or (type(rho) is int and rho < LARGEST_SIDE)) and rho >= 0
+            if not number or type(side) is not int or not 1 <= side < LARGEST_SIDE or side % 2 == 0:
                 raise wrong
         self.table: list[list[float]] = sorted([float(rho), side] for rho, side in sides)
         self._angles = [math.atan(rho) for rho, _ in self.table]
@@ -248,7 +263,7 @@ def _odd(side: float) -> int:
 def _read_windows(path: Path, banks: Sequence[str]) -> Any:
     """The table of a calibration file, which must be of one of these banks if it names one."""
     fix = "make a calibration with golddiff calibrate"
-    found = read_json(path, fix)
+    found = read_json(path, fix, LARGEST_TABLE)
     if not isinstance(found, dict) or "windows" not in found:
         raise GolddiffError(f"{path} has no windows: {fix}")
     for key in found:
@@ -408,7 +423,11 @@ class PCAMask(Masked):
         def compute() -> dict[str, Tensor]:
             return MaskRuns.packed(super(PCAMask, self)._runs(noise, label, tiles, count) or [])
 
-        return MaskRuns.unpacked(self.bank.keep(f"runs-{count}-{self.name(noise, label)}", compute, remember=False))
+        def fits(tensors: dict[str, Tensor]) -> bool:
+            return all(part.within(self.bank.D) for part in MaskRuns.unpacked(tensors))
+
+        name = f"runs-{count}-{self.name(noise, label)}"
+        return MaskRuns.unpacked(self.bank.keep(name, compute, remember=False, fits=fits))
 
     def _compute(self, name: str, noise: Noise, label: int | None) -> Tensor:
         """The mask, bit-packed and kept with the bank; or the ratios themselves, float."""

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -21,7 +20,9 @@ from tqdm import tqdm
 
 from .errors import GolddiffError
 from .files import cache_folder, replacing
+from .foreign import Npz
 from .images import Images, find_source
+from .memory import require
 from .proxy import Pooling
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "described",
     "fill",
     "fingerprint",
+    "misfit",
     "source_name",
     "stamp",
 ]
@@ -87,18 +89,25 @@ class Journal:
 
     Arguments:
         path: where it is kept; None keeps it in memory only.
+        size: numbers of a picture. count: pictures.
     """
 
-    def __init__(self, path: Path | None, size: int) -> None:
+    def __init__(self, path: Path | None, size: int, count: int) -> None:
         self.path = path
         self.pixels, self.proxies, self.total = 0, 0, np.zeros(size)
         self._noted = time.monotonic()
         if path is not None and path.exists():
             try:
-                with np.load(path) as kept:
+                with Npz(path) as kept:
                     self.pixels, self.proxies = int(kept["pixels"]), int(kept["proxies"])
                     self.total = kept["total"]
-            except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+                if (
+                    not 0 <= self.proxies <= self.pixels <= count
+                    or self.total.shape != (size,)
+                    or self.total.dtype != np.float64
+                ):
+                    raise ValueError("it is of other pictures")
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise GolddiffError(f"{path} is damaged ({error}): remove the folder {path.parent}") from error
 
     def note(self, *arrays: np.ndarray) -> None:
@@ -124,7 +133,10 @@ def fill(
     pixels = create("pixels", (count, *images.shape), images.dtype)
     labels = create("labels", (count,), np.int64)
     labels[:] = images.labels
-    names = np.array([name.encode(errors="surrogateescape") for name in images.ids])
+    encoded = [name.encode(errors="surrogateescape") for name in images.ids]
+    longest = max(map(len, encoded))
+    require(count * longest, f"{count} names of pictures, one of them {longest} bytes long,", "shorten the longest")
+    names = np.array(encoded)
     ids = create("ids", names.shape, names.dtype)
     ids[:] = names
     digests = create("digests", (count, 2), np.int64)
@@ -187,6 +199,28 @@ def fingerprint(pixels: Tensor, labels: Tensor) -> str:
     parts = zip(pixels.split(BLOCK), labels.split(BLOCK), strict=True)
     digests = np.concatenate([_digests(p.numpy(), n.numpy()) for p, n in parts])
     return _hash_digests(tuple(pixels.shape[1:]), pixels.numpy().dtype, digests)
+
+
+def misfit(arrays: dict[str, np.ndarray]) -> str | None:
+    """The name of an array of a bank that has not the shape, type and order which its pixels ask for."""
+    pixels = arrays["pixels"]
+    if pixels.ndim != 4 or 0 in pixels.shape or pixels.dtype not in (np.uint8, np.float32, np.float64):
+        return "pixels"
+    count, size = len(pixels), int(np.prod(pixels.shape[1:]))
+    pooled = Pooling((pixels.shape[1], pixels.shape[2], pixels.shape[3])).size
+    wanted: dict[str, tuple[tuple[int, ...], Any]] = {
+        "pixels": (pixels.shape, pixels.dtype),
+        "labels": ((count,), np.int64),
+        "ids": ((count,), arrays["ids"].dtype if arrays["ids"].dtype.kind == "S" else np.bytes_),
+        "keys": ((count,), np.int64),
+        "centre": ((size,), np.float32),
+        "norms": ((count,), np.float64),
+        "proxy": ((count, pooled), np.float32),
+    }
+    for name, (shape, dtype) in wanted.items():
+        if arrays[name].shape != shape or arrays[name].dtype != dtype or not arrays[name].flags.c_contiguous:
+            return name
+    return None
 
 
 def described(array: np.ndarray) -> str:

@@ -13,6 +13,7 @@ import yaml
 from .bank import Bank
 from .denoise import METHODS, Denoiser, denoiser
 from .errors import GolddiffError, unknown
+from .foreign import parse_json, read_text
 from .images import NO_LABEL
 from .jsons import read_json, sealed, unsealed, write_json
 from .latents import reopened
@@ -22,6 +23,7 @@ from .sample import SAMPLERS, Step, levels_from, sampler_named, trajectory
 __all__ = ["DEFAULTS", "Recipe", "comparison", "parse_labels", "parse_options", "parse_seeds", "read_settings"]
 
 FORMAT = 1
+LARGEST_YAML = 2**16  # bytes; JSON, which takes less work to read, may be longer
 RECIPES = Path(__file__).parent / "recipes"
 
 DEFAULTS: dict[str, Any] = {
@@ -150,15 +152,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         GolddiffError: no such file, not YAML or JSON, unknown keys, or a recipe of another format.
     """
-    try:
-        if path.suffix == ".json":
-            settings = read_json(path, "take it from a copy, or write it again")
-        else:
-            settings = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise GolddiffError(f"recipe {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise GolddiffError(f"recipe {path} is neither YAML nor JSON ({' '.join(str(error).split())[:120]})") from error
+    settings = _parsed(path)
     if not isinstance(settings, dict):
         raise GolddiffError(f"recipe {path} holds no settings: write lines such as 'method: golddiff'")
     settings = unsealed(settings, path)
@@ -169,6 +163,49 @@ def read_settings(path: Path) -> dict[str, Any]:
     if settings.get("format", FORMAT) != FORMAT:
         raise GolddiffError(f"recipe {path} is of format {settings['format']!r}, this is {FORMAT}: write it again")
     return settings
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases: ten lines of them can stand for more than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read here")
+        return super().compose_node(parent, index)
+
+
+def _parsed(path: Path) -> Any:
+    """What a file says in JSON or YAML: text, numbers, true, false, null, lists and names with values."""
+    try:
+        if path.suffix == ".json":
+            said = read_json(path, "take it from a copy, or write it again")
+            _check_plain(said)
+            return said
+        try:
+            said = parse_json(read_text(path))
+        except UnicodeDecodeError:
+            raise
+        except ValueError as error:
+            if isinstance(error, GolddiffError):
+                raise
+            said = yaml.load(read_text(path, LARGEST_YAML), _Loader)  # noqa: S506 - a SafeLoader
+        _check_plain(said)
+    except (OSError, UnicodeDecodeError) as error:
+        raise GolddiffError(f"recipe {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    except GolddiffError:
+        raise
+    except Exception as error:  # YAML of others fails in any way
+        raise GolddiffError(f"recipe {path} is neither YAML nor JSON ({' '.join(str(error).split())[:120]})") from error
+    return said
+
+
+def _check_plain(value: Any) -> None:
+    for part in (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_plain(part)
+    if not (value is None or isinstance(value, str | bool | float | list | dict)) and type(value) is not int:
+        raise GolddiffError(f"a recipe holds a {type(value).__name__}: write text or a number")
+    if type(value) is int and abs(value) >= 2**63:
+        raise GolddiffError("a recipe holds a whole number of more than 63 bits: write a smaller one")
 
 
 def comparison(name: str) -> dict[str, Any]:
@@ -183,10 +220,7 @@ def comparison(name: str) -> dict[str, Any]:
     path = RECIPES / f"{name}.yaml" if name in known else Path(name)
     if not path.is_file():
         raise unknown("recipe", name, known)
-    try:
-        said = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
-        raise GolddiffError(f"recipe {path} cannot be read ({' '.join(str(error).split())[:120]})") from error
+    said = _parsed(path)
     keys = ("bank", "methods", "seeds", "steps", "schedule", "features", "source")
     if not isinstance(said, dict):
         raise GolddiffError(f"recipe {path} holds no settings: write lines such as 'bank: mnist'")
@@ -248,7 +282,7 @@ def parse_seeds(seeds: Any, what: str = "seeds") -> list[int]:
         low, high = int(first), int(last if dash else first)
         if high < low:
             raise wrong
-        if high - low >= 10**7 or high >= 2**63:
+        if len(listed) + high - low >= 10**7 or high >= 2**63:
             raise GolddiffError(f"{what} {seeds!r} are too many or too large: at most 10 million, under 2^63")
         listed.extend(range(low, high + 1))
     if not listed or len(set(listed)) != len(listed):

@@ -25,6 +25,7 @@ from .bank import Bank
 from .denoise import Denoiser
 from .errors import GolddiffError, unknown
 from .files import holding, is_empty, replacing, sweep
+from .foreign import Npz
 from .jsons import read_json, unsealed, write_json
 from .memory import explained, require
 from .pictures import grid, save_png, to_uint8
@@ -276,7 +277,7 @@ class _RunFolder:
         arrays = []
         for seed in seeds:
             try:
-                with Image.open(self.picture(seed)) as image:
+                with Image.open(self.picture(seed), formats=("PNG",)) as image:
                     array = np.asarray(image)
             except (OSError, SyntaxError, ValueError) as error:
                 raise GolddiffError(f"{self.picture(seed)} is damaged: remove it, and it is made again") from error
@@ -290,7 +291,7 @@ class _RunFolder:
         pictures, labels, heads = [], [], []
         for seed in seeds:
             try:
-                with np.load(self.steps(seed)) as kept:
+                with Npz(self.steps(seed)) as kept:
                     x_t, mean, scale, time = (kept[key] for key in ("x_t", "mean", "scale", "time"))
             except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
                 raise GolddiffError(f"{self.steps(seed)} is damaged: remove it, and it is made again") from error

@@ -71,7 +71,9 @@ class Scores:
             return self._computed_level(noise, locality.mask(noise, label).cpu())
 
         def compute() -> tuple[Level, int]:
-            kept = tensors() if name is None else self.bank.keep(f"level-{name}", tensors, remember=False)
+            kept = (
+                tensors() if name is None else self.bank.keep(f"level-{name}", tensors, remember=False, fits=self._fits)
+            )
             along, factor = TILINGS[int(kept["tiling"])][1:]
             level = Level(
                 name=name,
@@ -85,6 +87,21 @@ class Scores:
             return level, level.inputs.nbytes + level.weights.nbytes
 
         return self._levels.get((int(noise.angle), locality.statistics_of(label)), compute)
+
+    def _fits(self, kept: dict[str, Tensor]) -> bool:
+        """Whether what is kept of a level leads to places of rows that there are."""
+        inputs, counts, weights = kept["inputs"], kept["counts"], kept["weights"]
+        tiles = int(_tiles(self.bank.shape, TILINGS[range(len(TILINGS))[int(kept["tiling"])]][1]).max()) + 1
+        places = self.bank.D if bool(kept["fine"]) else self.bank.proxy.shape[1]
+        same = inputs.shape == weights.shape and counts.shape == (tiles,) and len(inputs) == tiles
+        whole = (inputs.dtype, counts.dtype) == (torch.int32, torch.int64) and weights.is_floating_point()
+        return (
+            same
+            and whole
+            and bool(
+                inputs.min() >= 0 and inputs.max() < places and counts.min() >= 0 and counts.max() <= inputs.shape[1]
+            )
+        )
 
     def _computed_level(self, noise: Noise, mask: Tensor) -> dict[str, Tensor]:
         overlap = _overlap(mask)
@@ -122,7 +139,12 @@ class Scores:
         if fine:
             return self.bank.pixels.flatten(1), self.bank.centre, 1.0
         if self._coarse is None:
-            kept = self.bank.keep("coarse", lambda: _as_bytes(self.bank.proxy), remember=False)
+            kept = self.bank.keep(
+                "coarse",
+                lambda: _as_bytes(self.bank.proxy),
+                remember=False,
+                fits=lambda kept: kept["bytes"].shape == self.bank.proxy.shape and kept["bytes"].dtype == torch.uint8,
+            )
             self._coarse = kept["bytes"].to(self.bank.device), float(kept["unit"])
         rows, unit = self._coarse
         return rows, torch.full(rows.shape[1:], 128.0, device=rows.device), unit

@@ -246,8 +246,8 @@ def _kept(folder: Path, scheduler: Any) -> tuple[Bank, dict[str, Any], Any]:
             import diffusers
 
             kind = getattr(diffusers, stated["_class_name"])
-            if not issubclass(kind, diffusers.SchedulerMixin):
-                raise TypeError(f"{kind.__name__} is no scheduler")
+            if not issubclass(kind, diffusers.SchedulerMixin):  # else the file could have anything of it made
+                raise TypeError(f"{stated['_class_name']} is no scheduler")
             scheduler = kind.from_config(stated)
         return open_bank(kept["bank"]), kept, scheduler
     except GolddiffError:

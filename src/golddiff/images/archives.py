@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 import zipfile
-import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from ..errors import GolddiffError
-from .core import NO_LABEL, Images
+from ..foreign import open_zip, opened_entry, parse_json, regular
+from .core import NO_LABEL, Images, as_labels
 from .folder import SPLITS, SUFFIXES, by_first_folder
-from .pictures import EncodedPicture, decoded
+from .pictures import LARGEST_FILE, EncodedPicture, decoded
 
 __all__ = ["find_shards", "read_tars", "read_zip"]
 
-LARGEST = 2**28  # bytes of one picture file
 LABELS = "dataset.json"
+LARGEST_LIST = 2**28  # bytes of that
+LARGEST_NOTE = 2**20  # bytes of the label of a sample in a tar
+EXTRA = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.SOLARIS_XHDTYPE)
+LARGEST_HEADER = 2**16  # bytes of what a tar says of a file beyond its name and size
 
 
 def read_zip(path: Path, **options: Any) -> Images:
@@ -29,22 +31,23 @@ def read_zip(path: Path, **options: Any) -> Images:
     Labels come from `dataset.json` (`{"labels": [["00000/img00000000.png", 6], ...]}`, or null for none) if the
     zip has one, else from the names of its folders. Nothing is unpacked to disk.
     """
-    try:
-        archive = zipfile.ZipFile(path)
-        entries = [e for e in archive.infolist() if _is_picture(e.filename)]
-        listed = json.loads(archive.read(LABELS)) if LABELS in archive.namelist() else None
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise GolddiffError(f"{path} is not a readable zip of pictures ({error}): make it again") from error
+    archive = open_zip(path)
+    entries = [e for e in archive.infolist() if _is_picture(e.filename)]
     entries.sort(key=lambda e: e.filename)
     _check_sizes(path, [(e.filename, e.file_size) for e in entries])
     names = [e.filename for e in entries]
-    if listed is None:
-        labels, classes = by_first_folder(names)
+    classes: tuple[str, ...] = ()
+    if LABELS in archive.namelist():
+        try:
+            listed = parse_json(_read(path, archive, archive.getinfo(LABELS), LARGEST_LIST))
+        except ValueError as error:
+            raise GolddiffError(f"{path}: {LABELS} cannot be read ({error}): write it again") from error
+        labels = _listed_labels(path, listed, names)
     else:
-        labels, classes = _listed_labels(path, listed, names), ()
+        labels, classes = by_first_folder(names)
 
     def fetch(i: int) -> EncodedPicture:
-        return EncodedPicture(f"{path.name}/{names[i]}", _read(path, archive, entries[i]))
+        return EncodedPicture(f"{path.name}/{names[i]}", _read(path, archive, entries[i], LARGEST_FILE))
 
     return decoded(len(entries), fetch, labels, names, classes, **options)
 
@@ -84,7 +87,20 @@ def read_tars(files: list[Path], **options: Any) -> Images:
             return EncodedPicture(f"{file.name}/{name}", stream.read(size))
 
     ids = [f"{file.name}/{name}" for file, name, _, _ in samples]
-    return decoded(len(samples), fetch, np.array(labels, dtype=np.int64), ids, **options)
+    return decoded(len(samples), fetch, as_labels(labels), ids, **options)
+
+
+class _Header(tarfile.TarInfo):
+    """A header of a tar whose size is one. Negative sizes would make tarfile read in circles, and long extra headers
+    take it a time that grows with their square."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        header = super().frombuf(buf, encoding, errors)
+        extra = header.type not in tarfile.SUPPORTED_TYPES or header.type in (*EXTRA, tarfile.XHDTYPE, tarfile.XGLTYPE)
+        if header.size < 0 or (extra and header.size > LARGEST_HEADER):
+            raise tarfile.ReadError(f"a header announces {header.size} bytes")
+        return header
 
 
 def _index(file: Path) -> dict[str, tuple[int, int, int]]:
@@ -92,8 +108,12 @@ def _index(file: Path) -> dict[str, tuple[int, int, int]]:
     pictures: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
     try:
-        with tarfile.open(file, "r:") as archive:
+        length = regular(file).stat().st_size
+        with tarfile.open(file, "r:", tarinfo=_Header) as archive:
             for member in archive:
+                archive.members = []  # type: ignore[attr-defined]  # else it keeps all
+                if not 0 <= member.size <= length - member.offset_data or member.issparse():
+                    raise tarfile.ReadError(f"{member.name} announces {member.size} bytes, which are not there")
                 path = PurePosixPath(member.name)
                 if not member.isreg() or not path.name:
                     continue
@@ -103,17 +123,19 @@ def _index(file: Path) -> dict[str, tuple[int, int, int]]:
                     if key in pictures:
                         raise GolddiffError(f"{file}: sample {key} has two pictures; one is expected")
                     pictures[key] = (member.name, member.offset_data, member.size)
-                elif ending in ("cls", "json") and member.size <= 2**20:
+                elif ending in ("cls", "json") and member.size <= LARGEST_NOTE:
                     stream = archive.extractfile(member)
                     labels[key] = _label(file, member.name, stream.read() if stream else b"")
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except GolddiffError:
+        raise
+    except (tarfile.TarError, OSError, EOFError, ValueError, IndexError, RecursionError) as error:
         raise GolddiffError(f"{file} is not a readable, uncompressed tar ({error}): make it again") from error
     return {name: (offset, size, labels.get(key, NO_LABEL)) for key, (name, offset, size) in pictures.items()}
 
 
 def _label(file: Path, name: str, text: bytes) -> int:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError:
         value = None
     if isinstance(value, dict):
@@ -139,7 +161,7 @@ def _listed_labels(path: Path, listed: Any, names: list[str]) -> np.ndarray:
     missing = next((name for name in names if name not in known), None)
     if missing is not None:
         raise GolddiffError(f"{path}: {LABELS} has no label for {missing}: list all pictures, or none")
-    return np.array([known[name] for name in names], dtype=np.int64)
+    return as_labels([known[name] for name in names])
 
 
 def _is_picture(name: str) -> bool:
@@ -151,13 +173,15 @@ def _check_sizes(path: Path, sizes: list[tuple[str, int]]) -> None:
     if not sizes:
         raise GolddiffError(f"{path} holds no pictures ({', '.join(sorted(SUFFIXES))})")
     for name, size in sizes:
-        if size > LARGEST:
+        if size > LARGEST_FILE:
             raise GolddiffError(f"{path}: {name} announces {size} bytes, more than a picture has")
 
 
-def _read(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+def _read(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most: int) -> bytes:
     try:
-        with archive.open(entry) as stream:
-            return stream.read(LARGEST)
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError) as error:
+        with opened_entry(archive, entry, most) as stream:
+            return stream.read(most)
+    except GolddiffError:
+        raise
+    except Exception as error:  # a zip that is damaged fails in any way
         raise GolddiffError(f"{path}: {entry.filename} cannot be read ({error}): make the zip again") from error

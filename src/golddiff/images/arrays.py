@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
 
 from ..errors import GolddiffError
-from .core import NO_LABEL, Images
+from ..foreign import Npz, regular
+from ..memory import require
+from .core import NO_LABEL, ROW_MEMORY, Images, as_labels
 
 __all__ = ["from_array", "from_dataset", "read_numpy"]
 
 CHANNELS = (1, 3, 4)
 IMAGE_KEYS = ("arr_0", "images", "x")
 LABEL_KEYS = ("arr_1", "labels")
-LARGEST_LABEL = 2**31 - 1
 LAYOUTS = ("NHWC", "NCHW", "NHW")
 
 
@@ -34,12 +33,15 @@ def from_array(array: Any, labels: Any = None, layout: str | None = None, classe
         GolddiffError: other types, non-finite floats, a shape that does not tell the channel axis.
     """
     array = np.asarray(array)
-    check_pixels(array)
     layout = layout or guess_layout(array.shape)
     if layout not in LAYOUTS or len(layout) != array.ndim:
         raise GolddiffError(
             f"layout {layout} does not fit an array of shape {array.shape}: use --layout NHWC, NCHW or NHW"
         )
+    if 0 in array.shape[1:]:
+        raise GolddiffError(f"pictures of shape {array.shape[1:]}: they need at least one pixel")
+    require(ROW_MEMORY * len(array), f"a list of {len(array)} pictures", "take fewer")
+    check_pixels(array)
     if layout == "NHW":
         array = array[:, None]
     elif layout == "NHWC":
@@ -86,7 +88,7 @@ def from_dataset(dataset: Any) -> Images:
         raise GolddiffError("the data set is empty: a bank needs at least one picture")
     first, _ = item(0)
     check_pixels(first[None])
-    labels = np.array([item(i)[1] for i in range(count)], dtype=np.int64)
+    labels = as_labels([item(i)[1] for i in range(count)])
 
     def read(start: int, stop: int) -> np.ndarray:
         block = np.empty((stop - start, *first.shape), dtype=first.dtype)
@@ -109,11 +111,11 @@ def check_pixels(array: np.ndarray) -> None:
     """Refuses what cannot be pixels, with the conversion that is missing."""
     if array.dtype not in (np.uint8, np.float32, np.float64):
         raise GolddiffError(f"pixels of type {array.dtype}: convert them to uint8 (0 to 255) or to float32 in [-1, 1]")
-    if array.dtype != np.uint8:
+    if array.dtype != np.uint8 and array.size:
         finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
         if not finite.all():
             raise GolddiffError(f"row {int(np.argmin(finite))} has NaN or infinite pixels: remove or mend it")
-        if array.size and array.max() > 2 and array.min() >= 0:
+        if array.max() > 2 and array.min() >= 0:
             raise GolddiffError(f"float pixels from {array.min():.4g} to {array.max():.4g}: bring them to [-1, 1]")
 
 
@@ -142,26 +144,23 @@ def guess_layout(shape: tuple[int, ...]) -> str:
 
 def read_numpy(path: Path, layout: str | None = None) -> Images:
     """A `.npy` file of pictures, or a `.npz` with `arr_0`, `images` or `x` and labels in `arr_1` or `labels`."""
-    try:
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-    except PermissionError:
-        raise
-    except Exception as error:  # a file that is none fails in any way
-        raise GolddiffError(f"{path} is not a readable NumPy file of plain numbers: save it again") from error
-    if isinstance(loaded, np.ndarray):
-        return from_array(loaded, layout=layout)
-    with loaded:
+    with regular(path).open("rb") as file:
+        packed = file.read(2) == b"PK"
+    if not packed:
+        try:
+            return from_array(np.lib.format.open_memmap(path, "r"), layout=layout)
+        except (GolddiffError, PermissionError):
+            raise
+        except Exception as error:  # a file that is none fails in any way
+            raise GolddiffError(f"{path} is not a readable NumPy file of plain numbers: save it again") from error
+    with Npz(path) as loaded:
         key = next((k for k in IMAGE_KEYS if k in loaded.files), None)
         if key is None:
             raise GolddiffError(
-                f"{path} has the arrays {', '.join(loaded.files) or '(none)'}: name the pictures arr_0, images or x"
+                f"{path} has the arrays {', '.join(loaded.files[:9]) or '(none)'}: name the pictures arr_0, images or x"
             )
         label_key = next((k for k in LABEL_KEYS if k in loaded.files), None)
-        try:
-            pictures, labels = loaded[key], loaded[label_key] if label_key else None
-        except (BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
-            raise GolddiffError(f"{path} is damaged or holds objects, not numbers: save it again") from error
-        return from_array(pictures, labels, layout)
+        return from_array(loaded[key], loaded[label_key] if label_key else None, layout)
 
 
 def _labels(labels: Any, count: int) -> np.ndarray:
@@ -172,8 +171,4 @@ def _labels(labels: Any, count: int) -> np.ndarray:
         labels = labels[:, 0]
     if labels.shape != (count,):
         raise GolddiffError(f"labels of shape {labels.shape} for {count} pictures: give one integer each")
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise GolddiffError(f"labels are {labels.dtype}: give whole numbers, -1 for none")
-    if count and labels.max() > LARGEST_LABEL:
-        raise GolddiffError(f"label {labels.max()}: give whole numbers up to {LARGEST_LABEL}")
-    return labels.astype(np.int64)
+    return as_labels(labels)

@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import GolddiffError
+from ..foreign import read_text, regular
+from ..memory import require
 from .arrays import from_array
 from .core import Images
 
 __all__ = ["find_cifar", "read_cifar"]
 
 PIXELS = 3 * 32 * 32
+LARGEST_NAMES = 2**20  # bytes of a list of names of classes
 CONVERT = (
     "python -c \"import pickle, numpy as np; d = [pickle.load(open(f, 'rb'), encoding='latin1') for f in [{files}]]; "
     "np.savez('cifar.npz', images=np.concatenate([b['data'] for b in d]).reshape(-1, 3, 32, 32), "
@@ -45,6 +48,7 @@ def read_cifar(files: list[Path]) -> Images:
     hundred = files[0].name in ("train.bin", "test.bin")
     head = 2 if hundred else 1
     parts = []
+    require(3 * sum(regular(file).stat().st_size for file in files), str(files[0].parent), "take fewer batches")
     for file in files:
         data = np.fromfile(file, dtype=np.uint8)
         if len(data) == 0 or len(data) % (head + PIXELS):
@@ -52,6 +56,6 @@ def read_cifar(files: list[Path]) -> Images:
         parts.append(data.reshape(-1, head + PIXELS))
     records = np.concatenate(parts)
     names = files[0].with_name("fine_label_names.txt" if hundred else "batches.meta.txt")
-    classes = tuple(names.read_text().split()) if names.exists() else ()
+    classes = tuple(read_text(names, LARGEST_NAMES).split()) if names.exists() else ()
     pixels = records[:, head:].reshape(-1, 3, 32, 32)
-    return from_array(pixels, records[:, head - 1].astype(np.int64), layout="NCHW", classes=classes)
+    return from_array(pixels, records[:, head - 1], layout="NCHW", classes=classes)

@@ -5,14 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from ..errors import GolddiffError
 
-__all__ = ["NO_LABEL", "Images"]
+__all__ = ["NO_LABEL", "ROW_MEMORY", "Images", "as_labels"]
 
 NO_LABEL = -1
+LARGEST_LABEL = 2**31 - 1
+ROW_MEMORY = 128  # bytes that a picture takes before it is read: label, id, place
+
+
+def as_labels(values: Any) -> np.ndarray:
+    """Labels as `(N,)` int64.
+
+    Raises:
+        GolddiffError: something else than whole numbers from -1 to 2^31 - 1.
+    """
+    labels = np.asarray(values)  # whole numbers beyond 64 bits become objects
+    if len(labels) == 0:
+        return np.empty(0, dtype=np.int64)
+    if labels.dtype.kind not in "iuO":
+        raise GolddiffError(f"labels are {labels.dtype}: give whole numbers, -1 for none")
+    for bound, beyond in ((labels.max(), labels.max() > LARGEST_LABEL), (labels.min(), labels.min() < NO_LABEL)):
+        if beyond:
+            said = bound if abs(int(bound)) < 10**20 else f"of {int(bound).bit_length()} bits"
+            raise GolddiffError(f"label {said}: give whole numbers from 0 to {LARGEST_LABEL}, or -1 for none")
+    return labels.astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +63,9 @@ class Images:
             raise GolddiffError(
                 f"{len(self.ids)} pictures but {len(self.labels)} labels: give one label for each picture"
             )
+        as_labels(self.labels)
         if min(self.shape) < 1:
             raise GolddiffError(f"pictures of shape {self.shape}: they need at least one pixel")
-        if len(self.labels) and self.labels.min() < NO_LABEL:
-            raise GolddiffError(f"label {self.labels.min()}: give whole numbers from 0 on, or -1 for none")
         if len(self.ids) == 0:
             raise GolddiffError("there are no pictures: a bank needs at least one")
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import GolddiffError
+from ..foreign import regular
 from .core import NO_LABEL, Images
 from .pictures import EncodedPicture, decoded
 
@@ -39,7 +40,7 @@ def read_folder(folder: Path, split: str, **options: Any) -> Images:
     labels, classes = by_first_folder(ids)
 
     def fetch(i: int) -> EncodedPicture:
-        return EncodedPicture(str(files[i]), files[i])
+        return EncodedPicture(str(files[i]), regular(files[i]))
 
     return decoded(len(files), fetch, labels, ids, classes, **options)
 
@@ -70,7 +71,12 @@ def _pictures_below(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
+    seen = set()
     for top, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        there = Path(top).stat()
+        if (there.st_dev, there.st_ino) in seen:  # links in a ring, or links to links whose number grows without end
+            raise GolddiffError(f"{top} is a folder that links lead to twice: remove the link")
+        seen.add((there.st_dev, there.st_ino))
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import GolddiffError
-from .core import NO_LABEL, Images
+from ..foreign import regular
+from .core import NO_LABEL, Images, as_labels
 from .pictures import EncodedPicture, decoded
 
 __all__ = ["HUB", "read_hub"]
@@ -42,13 +43,13 @@ def read_hub(name: str, split: str, **options: Any) -> Images:
         raise GolddiffError(f"hf:{name} has {len(columns)} columns of pictures, not one: {', '.join(table.features)}")
     column = columns[0]
     label = next((c for c in LABEL_COLUMNS if c in table.features), None)
-    labels = np.full(len(table), NO_LABEL) if label is None else np.asarray(table[label][:], dtype=np.int64)
+    labels = np.full(len(table), NO_LABEL) if label is None else as_labels(table[label][:])
     kind = table.features[label] if label else None
     classes = tuple(kind.names) if isinstance(kind, datasets.ClassLabel) else ()
     encoded = table.cast_column(column, datasets.Image(decode=False)).select_columns([column])
 
     def fetch(i: int) -> EncodedPicture:
         cell = encoded[i][column]
-        return EncodedPicture(f"hf:{name} row {i}", cell["bytes"] or Path(cell["path"]))
+        return EncodedPicture(f"hf:{name} row {i}", cell["bytes"] or regular(Path(cell["path"])))
 
     return decoded(len(table), fetch, labels, [str(i) for i in range(len(table))], classes, **options)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,20 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import GolddiffError
+from ..memory import require
 from .core import Images
 
-__all__ = ["EncodedPicture", "decoded"]
+__all__ = ["LARGEST_FILE", "EncodedPicture", "decoded"]
 
 LARGEST_SIDE = 4096
+LARGEST_PIXELS = 2**26
+LARGEST_RUNS = 2**22  # pixels of a BMP in runs, which Pillow fills in one by one
+LARGEST_FILE = 2**28  # bytes of one encoded picture
+HELD = 2**26  # bytes of encoded pictures after which they are decoded
+GROUP = 64  # or so many of them
+THREADS = 4
+DECODING = 16  # bytes for each pixel while a picture is decoded
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # Pillow knows more; for one it starts a program
 GREY = ("1", "L", "LA")
 EIGHT_BIT = (*GREY, "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
@@ -56,7 +66,7 @@ def decoded(
     if size is not None and not 1 <= size <= LARGEST_SIDE:
         raise GolddiffError(f"size is {size}: give a side of 1 to {LARGEST_SIDE} pixels")
     first: tuple[str, tuple[int, int]] | None = None
-    grey = True
+    grey, most = True, 0
     kept: list[int] = []
     skipped: list[str] = []
     for i in range(count):
@@ -74,6 +84,7 @@ def decoded(
             skipped.append(picture.name if picture else ids[i])
             continue
         kept.append(i)
+        most = max(most, math.prod(side))
         grey = grey and mode in GREY
         first = first or (picture.name, side)
         if size is None and side != first[1]:
@@ -87,19 +98,48 @@ def decoded(
     shape = (1 if grey else 3, height, width)
 
     def read(start: int, stop: int) -> np.ndarray:
-        out = np.empty((stop - start, *shape), dtype=np.uint8)
-        wanted = [fetch(i) for i in kept[start:stop]]
-        with ThreadPoolExecutor(4) as pool:
-            for i, pixels in enumerate(pool.map(lambda picture: _pixels(picture, grey, size), wanted)):
-                out[i] = pixels
+        wanted = kept[start:stop]
+        needed = (len(wanted) + GROUP) * math.prod(shape) + THREADS * DECODING * most
+        require(needed, f"{len(wanted)} pictures of {width} x {height}", "make them smaller, with --size")
+        out = np.empty((len(wanted), *shape), dtype=np.uint8)
+        done = 0
+        with ThreadPoolExecutor(THREADS) as pool:
+            for group in _held(fetch, wanted):
+                for picture, pixels in zip(group, pool.map(lambda p: _pixels(p, grey, size), group), strict=True):
+                    if pixels.shape != shape:
+                        raise GolddiffError(f"{picture.name} has other sides than its header announces: remove it")
+                    out[done] = pixels
+                    done += 1
         return out
 
     return Images(shape, np.dtype(np.uint8), labels[kept], [ids[i] for i in kept], read, classes, tuple(skipped))
 
 
+def _held(fetch: Callable[[int], EncodedPicture], wanted: Sequence[int]) -> Iterator[list[EncodedPicture]]:
+    """Encoded pictures in groups that fit into memory."""
+    group: list[EncodedPicture] = []
+    held = 0
+    for i in wanted:
+        picture = fetch(i)
+        group.append(picture)
+        held += len(picture.source) if isinstance(picture.source, bytes) else 0
+        if held >= HELD or len(group) == GROUP:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
+
+
 def _open(picture: EncodedPicture) -> Image.Image:
     source = picture.source
-    return Image.open(source if isinstance(source, Path) else io.BytesIO(source))
+    image = Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=FORMATS)
+    most = LARGEST_RUNS if "bmp_rle" in str(getattr(image, "tile", [])[:1]) else LARGEST_PIXELS
+    if image.width * image.height > most:
+        image.close()
+        raise GolddiffError(
+            f"{picture.name} has {image.width} x {image.height} pixels, more than {most}: make it smaller"
+        )
+    return image
 
 
 def _header(picture: EncodedPicture) -> tuple[tuple[int, int], str]:
@@ -112,10 +152,8 @@ def _header(picture: EncodedPicture) -> tuple[tuple[int, int], str]:
                 raise GolddiffError(
                     f"{picture.name} has pixels of mode {kind}, not 8-bit: convert it to 8 bits a channel"
                 )
-            if getattr(image, "n_frames", 1) > 1:
-                raise GolddiffError(
-                    f"{picture.name} is animated ({image.n_frames} frames): save one frame"  # type: ignore[attr-defined]
-                )
+            if getattr(image, "is_animated", False):  # to count its frames would take as long as it has many
+                raise GolddiffError(f"{picture.name} is animated, or has several pages: save one of them")
             sideways = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap the sides
             size = (image.height, image.width) if sideways else image.size
             return size, image.mode
@@ -127,7 +165,7 @@ def _header(picture: EncodedPicture) -> tuple[tuple[int, int], str]:
 
 def _is_deep(image: Image.Image) -> bool:
     """Whether the file has 16 bits a channel, which Pillow reads as 8 without a word."""
-    tiles = str(getattr(image, "tile", ""))
+    tiles = str(getattr(image, "tile", [])[:1])
     return (image.format in ("PNG", "TIFF") and ";16" in tiles) or (image.format == "PPM" and "65535" in tiles)
 
 

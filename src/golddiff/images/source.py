@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import numpy as np
 import torch
 
 from ..errors import GolddiffError, unknown
+from ..foreign import regular
 from .archives import find_shards, read_tars, read_zip
 from .arrays import from_array, from_dataset, read_numpy
 from .cifar import find_cifar, read_cifar
@@ -94,16 +98,9 @@ def open_source(
         if labels is not None:
             raise GolddiffError("labels= goes with an array of pictures; a path brings its own labels")
         encoded = {"size": size, "skip_broken": skip_broken, "limit": limit}
-        try:
+        with _failing(source):
             images = _from_path(find_source(source), split, layout, encoded)
-        except GolddiffError:
-            raise
-        except OSError as error:
-            raise GolddiffError(
-                f"{source} cannot be read ({error.strerror or error}): check its permissions"
-            ) from error
-        except Exception as error:  # readers of foreign files fail in any way
-            raise GolddiffError(f"{source} cannot be read ({type(error).__name__}: {error}): make it again") from error
+        images = replace(images, read=_failing(source)(images.read))
     elif isinstance(source, np.ndarray | torch.Tensor):
         images = from_array(source, labels, layout)
     elif isinstance(source, Images):
@@ -119,6 +116,22 @@ def open_source(
         )
     images = images.first(limit)
     return images.flipped() if flip else images
+
+
+@contextmanager
+def _failing(source: str | Path) -> Iterator[None]:
+    """Readers of foreign files fail in any way, and all of it is a `GolddiffError` to the caller."""
+    try:
+        yield
+    except GolddiffError:
+        raise
+    except OSError as error:
+        raise GolddiffError(f"{source} cannot be read ({error.strerror or error}): check its permissions") from error
+    except MemoryError as error:
+        raise GolddiffError(f"{source} does not fit into memory: take fewer pictures, or smaller ones") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise GolddiffError(f"{source} cannot be read ({reason}): make it again") from error
 
 
 def _from_path(found: str | Path, split: str, layout: str | None, encoded: dict[str, Any]) -> Images:
@@ -139,6 +152,7 @@ def _from_path(found: str | Path, split: str, layout: str | None, encoded: dict[
             return read_tars(files, **encoded)
         idx = find_idx(found, split)
         return read_folder(found, split, **encoded) if idx is None else read_idx(idx)
+    regular(found)
     if found.suffix in (".zip", ".npz", ".npy", ".bin") or "ubyte" in found.name:
         only_train(found, split)
     if found.suffix == ".parquet":
