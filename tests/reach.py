@@ -59,9 +59,9 @@ def rows_of(bank):
     return pixels / 127.5 - 1 if bank.is_uint8 else pixels
 
 
-def of_softmax(logits, errors, values, count, u):
+def of_softmax(logits, errors, values, count, u, size):
     """The softmax-weighted mean of values `(K, P)`, by logits `(K, P)` that are known up to errors `(K, P)`; `count`:
-    number of rows of which the evidence is a mean."""
+    number of rows of which the evidence is a mean; `size`: of the numbers that make a value."""
     best = (logits - errors).max(0)
     felt = logits + errors >= best - NOTHING
     error = np.where(felt, errors, 0).max(0)
@@ -73,11 +73,10 @@ def of_softmax(logits, errors, values, count, u):
     high, low = np.where(felt, values, -np.inf).max(0), np.where(felt, values, np.inf).min(0)
     spread = np.tanh(np.minimum(error, 50) / 2) * (high - low)
     sums = (len(logits) + 8) * u  # of K terms, and their roundings
-    size = np.abs(values).max()
     evidence = peak + np.log(total) - np.log(count)
     return Reach(
         mean=mean,
-        mean_error=spread + 2 * sums * size + 4 * u * np.abs(mean) + 1e-25 * size,
+        mean_error=spread + (2 * sums + 4 * u + 1e-25) * size,
         evidence=evidence,
         evidence_error=error + sums + 8 * ROUNDOFF[torch.float64] * np.abs(evidence),
         ess=1 / np.square(weights).sum(0),
@@ -94,6 +93,7 @@ class Formula:
         self.x_t = posterior.x_t.double().flatten(1).numpy()
         self.dtype = posterior.x_t.dtype
         self.u = ROUNDOFF[self.dtype]
+        self.size = max(np.abs(self.x).max(), 1.0 if self.bank.is_uint8 else 0.0)  # p / 127.5 and 1
         self.origin = self.bank.centre.double().numpy() * self.bank.scale + self.bank.offset
         noise = posterior.noise.expand(len(self.x_t))
         self.alpha, self.sigma = noise.alpha.numpy(), noise.sigma.numpy()
@@ -133,7 +133,7 @@ class Formula:
         logits = -np.square(d).sum(1) / 2 + support.log_q_of(b).double().numpy()
         wide = np.ones(self.x.shape[1])
         count = int(support.eligible[b])
-        found = of_softmax(logits[:, None] * wide, errors[:, None] * wide, self.x[rows], count, self.u)
+        found = of_softmax(logits[:, None] * wide, errors[:, None] * wide, self.x[rows], count, self.u, self.size)
         found.evidence, found.evidence_error = found.evidence[:1], found.evidence_error[:1]
         found.ess, found.ess_factor = found.ess[:1], found.ess_factor[:1]
         return found
@@ -144,7 +144,7 @@ class Formula:
         far = np.square(d).sum(1)
         errors = 2 * (np.abs(d) * known + known**2).sum(1) + 2 * len(d[0]) * ROUNDOFF[torch.float64] * far
         found = self.x[rows[np.abs(far - far.min()) <= errors + errors[far.argmin()]]]
-        return Reach(found[0], np.full(len(d[0]), 4 * self.u * np.abs(self.x).max()), choices=found)
+        return Reach(found[0], np.full(len(d[0]), 4 * self.u * self.size), choices=found)
 
     def masked(self, b):
         support, denoiser = self.posterior.support, self.denoiser
@@ -180,7 +180,7 @@ class Formula:
         # a logit is stored in the type once more
         errors += 2 * self.u * np.abs(logits)
         count = int(self.posterior.support.eligible[b])
-        return of_softmax(logits, errors, self.x[rows][:, outputs], count, self.u)
+        return of_softmax(logits, errors, self.x[rows][:, outputs], count, self.u, self.size)
 
     def smoothed(self, b):
         denoiser = self.denoiser
@@ -192,7 +192,7 @@ class Formula:
         around = self.x_t[b] + a * denoiser.kappa * xi.double().flatten(1).numpy()
         parts = [self.whole(b, x_t, 4 * self.u * (np.abs(x_t) + np.abs(self.x_t[b]))) for x_t in around]
         mean = sum(part.mean for part in parts) / len(parts)
-        size = (len(parts) + 4) * self.u * np.abs(self.x).max()
+        size = (len(parts) + 4) * self.u * self.size
         return Reach(mean, sum(part.mean_error for part in parts) / len(parts) + size)
 
     def crops(self, b):
@@ -214,12 +214,12 @@ class Formula:
                 wide = np.ones(inside.shape[1])
                 own = of_softmax(
                     logits[:, None] * wide, (errors[:, *crop].sum((1, 2)) + 2 * self.u * -logits)[:, None] * wide,
-                    inside, 1, self.u,
+                    inside, 1, self.u, self.size,
                 )  # fmt: skip
                 mean[:, *crop] += own.mean.reshape(channels, *sides)
                 error[:, *crop] += own.mean_error.reshape(channels, *sides)
                 holders[:, *crop] += 1
-        return Reach((mean / holders).ravel(), (error / holders + 8 * self.u * np.abs(self.x).max()).ravel())
+        return Reach((mean / holders).ravel(), (error / holders + 8 * self.u * self.size).ravel())
 
     def patches(self, b):
         channels, height, width = self.bank.shape
@@ -261,8 +261,9 @@ class Formula:
                 products = products + 8 * ROUNDOFF[torch.float64] * (np.square(patch).sum() + norms)
                 wide = np.ones(channels)
                 own = of_softmax(
-                    -np.square(d).sum(1)[:, None] / 2 * wide, products[:, None] * wide, centres, len(others), self.u
-                )
+                    -np.square(d).sum(1)[:, None] / 2 * wide, products[:, None] * wide, centres, len(others), self.u,
+                    self.size,
+                )  # fmt: skip
                 own.evidence_error = own.evidence_error + 2 * u * np.square(patch).sum()  # rounded first
                 for name in NUMBERS:
                     getattr(parts, name)[:, y, z] = getattr(own, name)
@@ -286,5 +287,5 @@ class Formula:
         noise = 16 * len(mu) * ROUNDOFF[torch.float64] * (np.trace(cov) + np.square(x).max())
         gain = min(1 / max(a, 1e-300), (values[-1] + noise) / s**2)
         error = min(a * noise / s**2, gain) * np.linalg.norm(rest)
-        error += 64 * len(mu) * ROUNDOFF[torch.float64] * (np.abs(x).max() + gain * np.linalg.norm(rest))
+        error += 64 * len(mu) * ROUNDOFF[torch.float64] * (self.size + gain * np.linalg.norm(rest))
         return Reach(mean, error + 2 * self.u * np.abs(mean))

@@ -8,7 +8,7 @@ import golddiff as gd
 from cases import CONTENTS, drawn_rows
 from conftest import toy_arrays
 from golddiff.images import Images
-from reach import Formula
+from reach import ROUNDOFF, Formula
 
 RHO = [10.0**n for n in range(-4, 5)]
 SMALL = {"k_min": 1, "k_max": 2}
@@ -87,22 +87,23 @@ def test_small_and_dull_banks(bank, variant):
     held = gd.Bank.build(pixels, labels=one_of_a_kind, layout="NCHW")
     denoiser = gd.denoiser(name, held, **options)
     random = np.random.default_rng(0)
-    noise = gd.Noise([1.0] * 9 + [1 / np.hypot(1, rho) for rho in RHO], RHO + [rho / np.hypot(1, rho) for rho in RHO])
+    noise = gd.Noise([1.0, 1e-3, 20.0] * 3, np.array(RHO) * ([1.0, 1e-3, 20.0] * 3))
     alpha, sigma = (v[:, None, None, None] for v in (noise.alpha, noise.sigma))
-    z = torch.from_numpy(random.normal(size=(18, *held.shape)))
-    x = held.images(torch.arange(18) % len(held), torch.float64)
-    wanted = [-1, 5] * 9
+    z = torch.from_numpy(random.normal(size=(9, *held.shape)))
+    x = held.images(torch.arange(9) % len(held), torch.float64)
+    wanted = [-1, 5, -1, -1, 5, -1, 5, -1, -1]
     for image in (alpha * x + sigma * z, 3 * (alpha + sigma) * z, 0 * z):
         for dtype in (torch.float32, torch.float64):
             posterior = denoiser(image.float().to(dtype), noise, wanted)
             assert posterior.mean.dtype == dtype
-            formula = Formula(denoiser, posterior, wanted, [0] * 18)
-            for b in range(18):
+            formula = Formula(denoiser, posterior, wanted, [0] * 9)
+            for b in range(9):
                 expected = formula.of(b)
                 if expected is not None:
                     assert expected.holds(posterior, b) == ""
                 elif wanted[b] == 5:  # drawn from a class of one row
-                    assert torch.equal(posterior.mean[b], held.images(held.rows_of(5), dtype)[0])
+                    off = posterior.mean[b] - held.images(held.rows_of(5), dtype)[0]
+                    assert float(off.abs().max()) <= 4 * ROUNDOFF[dtype]
 
 
 @pytest.mark.parametrize("content", CONTENTS)
@@ -140,7 +141,7 @@ def by_latents(pixels, tmp_path):
             return torch.from_numpy(pixels[:1])
         return torch.stack([torch.from_numpy(next(values)) for _ in x])
 
-    pictures = np.zeros((len(pixels), 4, 4), np.uint8)
+    pictures = np.zeros((len(pixels), 5, 5), np.uint8)
     return gd.Bank.build(pictures, latents=gd.Latents(encode, lambda z: z, "strange"))
 
 
@@ -169,7 +170,7 @@ WAYS = {
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf, 1e30])
 @pytest.mark.parametrize("row", [0, 1, 1029])
 def test_what_is_no_number_is_refused_by_its_row(way, kind, wrong, row, tmp_path):
-    pixels = np.random.default_rng(0).uniform(-1, 1, (1030, 1, 2, 3)).astype(kind)
+    pixels = np.random.default_rng(0).uniform(-1, 1, (1030, 1, 2, 5)).astype(kind)
     pixels[row, 0, 1, 2] = wrong
     with pytest.raises(gd.GolddiffError, match=rf"row {row}\b"):
         WAYS[way](pixels, tmp_path)
