@@ -63,6 +63,18 @@ class Case:
         """Whether it is not rounding that says which of two rows is nearer; equal rows go by their keys."""
         return self.image in ("near", "far") and self.content not in ("few values", "constant", "alike")
 
+    def unstable(self, other, scale=1.0):
+        """Whether rounding decides about the published masks (docs/accuracy.md): they differ from those of another bank
+        of the same rows, or at a scaled level."""
+        if self.options.get("mask_rule") != "published" or "mask" in self.options:
+            return False
+        scaled = gd.Noise(self.noise.alpha * scale, self.noise.sigma * scale)
+        masks = [
+            torch.stack([self.denoiser(bank).locality.mask(noise[b]).double() for b in range(len(self.x_t))])
+            for bank, noise in ((self.bank, self.noise), (other, scaled))
+        ]
+        return not torch.allclose(*masks, rtol=1e-9)
+
     @property
     def usual(self):
         """Whether float32 has to manage it: rows and images of the size of pictures."""

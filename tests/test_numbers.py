@@ -107,6 +107,8 @@ def test_the_order_of_rows_does_not_matter(case, dtype):
     order = np.random.default_rng(len(case.rows)).permutation(len(case.rows))
     labels = None if case.labels is None else case.labels[order]
     other = gd.Bank.build(case.rows[order], labels=labels, layout="NCHW")
+    if case.unstable(other):
+        return
     posterior, permuted = answer(case, dtype), answer(case, dtype, other)
     if posterior is not None:
         agree(case, posterior, permuted, other)
@@ -148,7 +150,7 @@ def test_only_ratios_matter(case, scale):
     """In float64; scaled images are rounded once more."""
     posterior = answer(case, torch.float64)
     noise = gd.Noise(case.noise.alpha * scale, case.noise.sigma * scale)
-    if posterior is None:
+    if posterior is None or case.unstable(case.bank, scale):
         return
     other = case.denoiser()(case.x_t * scale, noise, case.wanted, seed=case.seeds)
     formula = Formula(case.denoiser(), other, case.wanted, case.seeds)
