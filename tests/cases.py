@@ -154,7 +154,7 @@ def methods(draw, rng, size, names):
 
 
 @st.composite
-def cases(draw, names=tuple(METHODS) + ("pca", "golddiff", "ls", "optimal", "pca", "golddiff", "optimal")):
+def cases(draw, names=(*METHODS, "pca", "golddiff", "ls", "optimal", "pca", "golddiff", "optimal")):
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     count = draw(st.one_of(st.integers(1, 3), st.integers(4, 40), st.integers(17, 80)))
     shape = draw(st.sampled_from((1, 3))), draw(st.integers(1, 9)), draw(st.integers(1, 9))

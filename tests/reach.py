@@ -1,7 +1,7 @@
 """What a denoiser may say: its formula in float64, and how far rounding may take it from there.
 
-A computation in a type of unit roundoff u knows a logit up to an error that follows from its arguments. Weights that are
-known up to factors `exp(+-e)` move a mean by at most `tanh(e / 2)` times the range of what is averaged (the total
+A computation in a type of unit roundoff u knows a logit up to an error that follows from its arguments. Weights that
+are known up to factors `exp(+-e)` move a mean by at most `tanh(e / 2)` times the range of what is averaged (the total
 variation between two distributions whose log-ratio spans 2 e). So each result has a tolerance of its own: it is wide
 only where the problem itself is ill-posed in that type. No tolerance here is fitted to what was found.
 """
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from golddiff.denoise import crops, draws, local, patches, whole, wiener
 from golddiff.denoise import compiled as kernel
+from golddiff.denoise import crops, draws, local, patches, whole, wiener
 
 NOTHING = 60.0  # rows whose logit lies so far below the best have no weight in float64 (e^-60 < 1e-26)
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
@@ -36,7 +36,9 @@ class Reach:
     def holds(self, posterior, b):
         """What is wrong with image b of a posterior, in words; "" if all is well."""
         wrong = []
-        away = np.abs(posterior.mean[b].double().numpy().ravel() - (self.mean if self.choices is None else self.choices))
+        away = np.abs(
+            posterior.mean[b].double().numpy().ravel() - (self.mean if self.choices is None else self.choices)
+        )
         off = (away if self.choices is None else away[away.max(1).argmin()]) - self.mean_error
         if not (off <= 0).all():
             i = int(np.argmax(off))
@@ -139,7 +141,9 @@ class Formula:
         return found
 
     def nearest(self, b):
-        rows = np.arange(len(self.x)) if self.labels[b] < 0 else (self.bank.labels == self.labels[b]).numpy().nonzero()[0]
+        rows = (
+            np.arange(len(self.x)) if self.labels[b] < 0 else (self.bank.labels == self.labels[b]).numpy().nonzero()[0]
+        )
         d, known, _ = self.differences(b, rows)
         far = np.square(d).sum(1)
         errors = 2 * (np.abs(d) * known + known**2).sum(1) + 2 * len(d[0]) * ROUNDOFF[torch.float64] * far

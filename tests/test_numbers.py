@@ -18,8 +18,8 @@ import golddiff as gd
 from cases import cases, content_of
 from golddiff import bank as bank_module
 from golddiff import certified, golden, importance, scan, scores
-from golddiff.denoise import METHODS, compiled, crops, local, patches, sources, whole
-from reach import Formula, Reach, rows_of
+from golddiff.denoise import compiled, crops, local, patches, sources, whole
+from reach import Formula, rows_of
 
 PROPERTIES = 10
 CASES = int(os.environ.get("GOLDDIFF_CASES", "300"))
@@ -65,8 +65,8 @@ def answer(case, dtype, bank=None):
     try:
         return case.posterior(dtype, bank)
     except gd.GolddiffError as error:
-        assert "values" in str(error) or "float64" in str(error), error  # noqa: PT017
-        assert not case.usual, error
+        if case.usual or "smaller values" not in str(error):
+            raise
         return None
 
 
@@ -199,14 +199,16 @@ def test_weights_make_the_mean(case, dtype):
 
 
 @share
-@given(cases(("optimal", "pca", "golddiff", "ls", "optimal", "golddiff")), st.sampled_from((torch.float32, torch.float64)))
+@given(
+    cases(("optimal", "pca", "golddiff", "ls", "optimal", "golddiff")), st.sampled_from((torch.float32, torch.float64))
+)
 def test_subsets_keep_what_they_promise(case, dtype):
     posterior = answer(case, dtype)
     if posterior is None:
         return
-    full = {"retrieval": "full"}
-    exact = gd.denoiser(case.name, case.bank, **{k: v for k, v in case.options.items() if k in METHODS[case.name]
-            and k not in ("k_min", "k_max", "m_min", "m_max", "tol", "search", "budget", "retrieval")}, **full)  # fmt: skip
+    sizes = ("k_min", "k_max", "m_min", "m_max", "tol", "search", "budget")
+    options = {key: value for key, value in case.options.items() if key not in sizes} | {"retrieval": "full"}
+    exact = gd.denoiser(case.name, case.bank, **options)
     everything = exact(case.x_t.to(dtype), case.noise, case.wanted, seed=case.seeds)
     formula = Formula(exact, everything, case.wanted, case.seeds)
     for b in range(len(case.x_t)):

@@ -57,7 +57,9 @@ class CertifiedSubset(Subset):
             raise GolddiffError("retrieval=certified is for whole images: for local denoisers use retrieval=local")
         rows = torch.arange(len(self.bank), device=x_t.device) if eligible is None else eligible
         q, s = self.bank.query(x_t.double(), noise)
-        rows = rows[self.bank.keys[rows].argsort()]  # so that the order of the rows does not matter where bounds are equal
+        rows = rows[
+            self.bank.keys[rows].argsort()
+        ]  # so that the order of the rows does not matter where bounds are equal
         bounds = self.lower_bounds(q, s, rows)
         share = self.allowed(rows)
         chosen, missed = zip(*(self.enough(q[b], s[b], bounds[b], rows, share) for b in range(len(q))), strict=True)

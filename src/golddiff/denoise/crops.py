@@ -85,9 +85,7 @@ class CropDenoiser(Denoiser):
         spread = self._spread((peaks + totals.log())[None], sides)[0]
         return mean, spread.flatten().repeat(channels), (1 / squares).flatten().repeat(channels)
 
-    def _totals(
-        self, q: Tensor, s: Tensor, sides: tuple[int, int], eligible: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _totals(self, q: Tensor, s: Tensor, sides: tuple[int, int], eligible: Tensor | None) -> tuple[Tensor, Tensor]:
         """The largest of each crop's logits, and the sum of `exp(logit - largest)`, `(rows, columns)` float64."""
         peaks, totals = [], []
         for _, _, v in self.bank.blocks(eligible, q.dtype, BLOCK):
