@@ -130,7 +130,9 @@ class Formula:
         errors = (np.abs(d) * known + known**2).sum(1) + len(d[0]) * ROUNDOFF[torch.float64] * np.square(d).sum(1)
         if len(rows) > whole.MEASURED_AGAIN:  # by products, whose error has a bound (golden.rounding)
             q = np.linalg.norm(self.x_t[b] - self.alpha[b] * self.origin) / self.sigma[b]
-            v = self.alpha[b] / self.sigma[b] * (np.linalg.norm(self.x - self.origin, axis=1).max() + 2)
+            # products of bytes are of rows less 128, not less the centre
+            far = np.linalg.norm(self.x - self.origin, axis=1).max() + 1.01 * len(d[0]) ** 0.5
+            v = self.alpha[b] / self.sigma[b] * far
             errors = errors + 32 * self.u * v * (2 * q + v)
         logits = -np.square(d).sum(1) / 2 + support.log_q_of(b).double().numpy()
         wide = np.ones(self.x.shape[1])

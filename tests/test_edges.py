@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import golddiff as gd
-from cases import CONTENTS, drawn_rows
-from conftest import toy_arrays
+import oracles
+from cases import CONTENTS, content_of, drawn_rows
+from conftest import noisy, toy_arrays
 from golddiff.images import Images
 from reach import ROUNDOFF, Formula
 
@@ -105,6 +106,30 @@ def test_small_and_dull_banks(bank, variant):
                 elif wanted[b] == 5:  # drawn from a class of one row
                     off = posterior.mean[b] - held.images(held.rows_of(5), dtype)[0]
                     assert float(off.abs().max()) <= 4 * ROUNDOFF[dtype]
+
+
+@pytest.mark.parametrize("rho", [0.02, 0.3, 3.0])
+def test_the_formula_is_the_loops_and_leaves_little_room(rho):
+    """What the tests of numbers compare with, beside loops; and float32 has to be right to a few digits."""
+    pixels, labels = toy_arrays(15, (1, 4, 5))
+    held, noise = gd.Bank.build(pixels, labels=labels), gd.Noise(1.0, rho)
+    x_t = noisy(held, noise, rows=[3])
+    plain = held.images(slice(None), torch.float64).flatten(1).numpy()
+    y = x_t.flatten().numpy()
+    for name in ("optimal", "pca", "ls", "wiener"):
+        denoiser = gd.denoiser(name, held)
+        if name == "optimal":
+            told = oracles.optimal(y, plain, 1.0, rho)
+        elif name == "wiener":
+            told = oracles.wiener(y, plain, 1.0, rho)[:1]
+        else:
+            told = oracles.masked(y, plain, denoiser.locality.mask(noise).double().numpy(), 1.0, rho)
+        for dtype, room in ((torch.float64, 1e-8), (torch.float32, 2e-3)):
+            found = Formula(denoiser, denoiser(x_t.to(dtype), noise), [-1], [0]).of(0)
+            if dtype == torch.float64:
+                for mine, theirs in zip((found.mean, found.evidence, found.ess), told, strict=False):
+                    assert np.allclose(mine, theirs, rtol=1e-10, atol=1e-10)
+            assert found.mean_error.max() < room
 
 
 @pytest.mark.parametrize("content", CONTENTS)
@@ -208,3 +233,64 @@ def test_the_message_of_float64_is_of_use():
     for dtype, huge, told in ((torch.float32, 1e30, "use float64"), (torch.float64, 1e200, "smaller")):
         with pytest.raises(gd.GolddiffError, match=told):
             gd.denoiser("optimal", held)(torch.full((1, *held.shape), huge, dtype=dtype), gd.Noise(1.0, 1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("content", ["black", "alike"])
+def test_pure_noise_and_far_images_with_drawn_rows(content, dtype):
+    """Scores stay numbers where alpha is 0 or `x_t` is far beyond the rows, so rows are drawn and make the mean."""
+    held = gd.Bank.build(rows(content, 60, 1, 8, 8), layout="NCHW")
+    z = torch.from_numpy(np.random.default_rng(0).normal(size=(2, *held.shape)))
+    for noise, size in ((gd.Noise(0.0, 1.0), 1.0), (gd.Noise(0.0, 1.0), 1e14), (gd.Noise(1.0, 1.0), 1e14)):
+        denoiser = gd.denoiser("golddiff", held, tol=1.9)
+        posterior = denoiser((size * z).to(dtype), noise)
+        assert posterior.support.rows is not None  # not all of them
+        for b in range(2):
+            assert Formula(denoiser, posterior, [-1] * 2, [0] * 2).of(b).holds(posterior, b) == ""
+
+
+@pytest.mark.parametrize("size", [1e3, 1e9, 1e16])
+@pytest.mark.parametrize("variant", ["optimal", "pca", "ls", "pspc", "cfdm", "knn", "golddiff reference"])
+def test_weights_sum_to_one_however_far(variant, size):
+    """Logits of 1e30 do not swallow the logarithm of their number."""
+    held = gd.Bank.build(rows("copies", 20, 1, 3, 3), layout="NCHW")
+    name, options = VARIANTS[variant]
+    x_t = torch.full((1, *held.shape), size, dtype=torch.float64)
+    posterior = gd.denoiser(name, held, **options)(x_t, gd.Noise(1.0, 0.5))
+    chosen, weights = posterior.weights(0)
+    values = held.images(chosen, torch.float64).flatten(1)
+    assert float((weights.sum(0) - 1).abs().max()) < 1e-12
+    told = weights @ values if weights.ndim == 1 else (weights * values).sum(0)
+    if size < 1e16:  # from where on differences of float64 tell no rows apart
+        assert float((told - posterior.mean.flatten()).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("rho", [0.1, 2.0, None])
+def test_equal_rows_are_drawn_by_their_keys(rho):
+    """Where rows are equal, or all are at pure noise (None), none is preferred for its place."""
+    pixels = rows("copies", 40, 1, 3, 4)
+    order = np.random.default_rng(5).permutation(40)
+    labels = np.arange(40) % 7
+    banks = [gd.Bank.build(pixels[o], labels=labels[o], layout="NCHW") for o in (np.arange(40), order)]
+    noise = gd.Noise(0.0, 1.0) if rho is None else gd.Noise(1.0, rho)
+    x_t = torch.from_numpy(np.random.default_rng(0).normal(size=(20, *banks[0].shape)))
+    for name, options in (
+        ("ls", {"retrieval": "local", "budget": "paper", "k_min": 1, "k_max": 1}),
+        ("golddiff", {"retrieval": "local", "budget": "paper", "k_min": 1, "k_max": 2}),
+        ("optimal", {"retrieval": "certified", "tol": 0.9}),
+        ("golddiff", {"retrieval": "paper", "k_min": 1, "k_max": 2}),
+    ):
+        found = [gd.denoiser(name, bank, **options)(x_t, noise, seed=range(20)) for bank in banks]
+        for b in range(20):
+            assert content_of(found[0].support, banks[0], b) == content_of(found[1].support, banks[1], b)
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.37, 5.0])
+def test_ties_of_masks_are_on_the_threshold(scale):
+    """Two rows have one direction in common, so all correlations are 1: rounding must not decide."""
+    held = gd.Bank.build(rows("alike", 2, 1, 1, 6), layout="NCHW")
+    varying = held.spectrum().varying
+    denoiser = gd.denoiser("pca", held, threshold=1.0, mask_rule="correlation")
+    for rho in RHO[2:]:
+        mask = denoiser.locality.mask(gd.Noise(scale, scale * rho))
+        assert bool(mask[varying][:, varying].all())

@@ -27,9 +27,8 @@ SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too
 share = settings(
     max_examples=-(-CASES // PROPERTIES), deadline=None, derandomize=True, database=None, suppress_health_check=SLOW
 )
-WHOLE = ("optimal", "golddiff optimal")
 SMALL = {
-    (bank_module, "BLOCK_NUMBERS"): 1, (bank_module, "STATISTICS_ROWS"): 2**16, (golden, "BLOCK"): 2,
+    (bank_module, "BLOCK_NUMBERS"): 1, (golden, "BLOCK"): 2, (whole, "MEASURED_AGAIN"): 2,
     (golden, "SCORES_AT_ONCE"): 1, (scan, "BLOCK_NUMBERS"): 1, (scan, "FEWEST_ROWS"): 3, (whole, "LOGITS_AT_ONCE"): 1,
     (certified, "BLOCK"): 3, (local, "BLOCK"): 4, (sources, "BLOCK"): 5, (sources, "WEIGHTS_AT_ONCE"): 1,
     (crops, "BLOCK"): 3, (patches, "NUMBERS_AT_ONCE"): 1, (scores, "BLOCK"): 3, (importance, "SCORES_AT_ONCE"): 1,
@@ -159,8 +158,10 @@ def test_only_ratios_matter(case, scale):
         expected, own = formula.of(b), back.of(b)
         if expected is not None:
             assert expected.holds(other, b) == ""
+            same = content_of(posterior.support, case.bank, b) == content_of(other.support, case.bank, b)
+            assert same or not case.clear
             off = np.abs(expected.mean - own.mean)
-            assert expected.choices is not None or (off <= expected.mean_error + own.mean_error).all()
+            assert not same or expected.choices is not None or (off <= expected.mean_error + own.mean_error).all()
 
 
 @share
