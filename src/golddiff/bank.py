@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .derived import Derived
-from .errors import GolddiffError, unknown
+from .errors import GolddiffError, beyond, unknown
 from .files import growing_folder, hash_edges, hash_file
 from .foreign import regular
 from .images import NO_LABEL, Images, open_source
@@ -501,7 +501,7 @@ class Bank:
         q = ((x_t.flatten(1).double() - alpha * origin) / sigma).to(x_t.dtype)
         s = (self.scale * alpha / sigma)[:, 0].to(x_t.dtype)
         if not bool((q.square().sum(1) + (255 * s).square() * self.D).isfinite().all()):
-            raise GolddiffError(f"sigma / alpha is too small or x_t too large for {x_t.dtype}: use float64")
+            raise beyond(x_t.dtype)
         return q, s
 
     def distances(self, q: Tensor, s: Tensor, rows: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ TRAINING = 2**16  # rows that cells are found from
 SHAPING = 2**14  # rows that coordinates are found from
 ROUNDS = 8  # of k-means
 NEAREST = 0.75  # of the rows that are reached, those of the nearest cells
+STEEPEST, FARTHEST = 1e30, 1e12  # what is beyond the range of float32 is taken for these
 SILENT = 5.0  # seconds until progress is shown
 NUMBERS = 2**25  # rows times entries that are read at once
 
@@ -131,12 +132,12 @@ class Cells:
             seen: of the query, `(B, T, U)` float64, in the units of the rows. step: `()`.
             wanted: rows of a tile. least: the logarithm of the chance of a row in any cell.
         """
-        a = float(step) ** 2
-        y = torch.einsum("btu,tud->btd", seen.float(), self.basis)
+        a = min(float(step) ** 2, STEEPEST)
+        y = torch.einsum("btu,tud->btd", seen.clamp(-FARTHEST, FARTHEST).float(), self.basis)
         squares = self.centres.square().sum(-1) + y.square().sum(-1, keepdim=True)  # (B, T, C)
         far = (squares - 2 * torch.einsum("btd,tcd->btc", y, self.centres)).clamp(min=0)
         wide = 1 + 2 * a * self.spreads
-        scores = -(self.basis.shape[2] / 4) * wide.log() - a / 2 * far / wide
+        scores = (-(self.basis.shape[2] / 4) * wide.log() - a / wide * far / 2).clamp(min=-STEEPEST)
         scores -= scores.amax(-1, keepdim=True)
         nearest = far.argsort(dim=-1)
         sizes = self.begins.diff(dim=1).expand_as(nearest).gather(-1, nearest).cumsum(-1)

@@ -58,7 +58,8 @@ class CertifiedSubset(Subset):
         rows = torch.arange(len(self.bank), device=x_t.device) if eligible is None else eligible
         q, s = self.bank.query(x_t.double(), noise)
         bounds = self.lower_bounds(q, s, rows)
-        share = self.allowed(rows)
+        share, by_key = self.allowed(rows), self.bank.keys[rows].argsort()  # so that their order does not matter
+        rows, bounds = rows[by_key], bounds[:, by_key]
         chosen, missed = zip(*(self.enough(q[b], s[b], bounds[b], rows, share) for b in range(len(q))), strict=True)
         width = max(len(part) for part in chosen)
         padded = torch.full((len(q), 1, width), PADDING, device=rows.device)

@@ -76,8 +76,10 @@ def drawn(scores: Tensor, lots: Tensor, wanted: int, compiled: bool) -> tuple[Te
     tops = scores.amax(-1)
     steepness, cuts = _cuts(scores, tops, wanted, compiled)
     places, log_q = _taken(scores, steepness, cuts, lots, compiled)
-    for g in (places[:, 0] == PADDING).nonzero()[:, 0]:  # never, to all intents and purposes
-        places[g, 0] = scores[g].argmax()
+    for g in (places[:, 0] == PADDING).nonzero()[:, 0]:  # where few are wanted: the one that was closest to be drawn
+        chances = scores[g] * steepness[g] + cuts[g]
+        places[g, 0] = nearest = (chances - lots[g * len(lots) // len(scores)]).argmax()
+        log_q[g, 0] = -chances[nearest].clamp(max=0)
     return places, log_q
 
 

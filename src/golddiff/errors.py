@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["GolddiffError", "unknown"]
+__all__ = ["GolddiffError", "beyond", "unknown"]
 
 
 class GolddiffError(ValueError):
@@ -21,3 +21,9 @@ def unknown(what: str, name: object, known: Iterable[str]) -> GolddiffError:
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'? " if near else ""
     return GolddiffError(f"unknown {what} '{name}': {hint}known are {', '.join(names)}")
+
+
+def beyond(kind: object) -> GolddiffError:
+    """The error for noisy images and levels that a type of floats cannot hold."""
+    wider = "float64, or " if str(kind) == "torch.float32" else ""
+    return GolddiffError(f"x_t is too large for {kind}, or sigma / alpha too small: use {wider}smaller values")

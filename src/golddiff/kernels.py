@@ -158,7 +158,8 @@ def _histograms(scores, tops, widths, bins):
         row, top, width = scores[g], tops[g], widths[g]
         found = np.zeros((4, bins), np.int32)  # neighbours that fall into one bin do not wait for each other
         for i in range(len(row)):
-            found[i & 3, np.int32(min((top - row[i]) * width, np.float32(bins - 1)))] += 1
+            far = (top - row[i]) * width
+            found[i & 3, np.int32(far) if far < bins - 1 else bins - 1] += 1  # the last one for NaN too
         for k in range(bins):
             counts[g, k] = found[0, k] + found[1, k] + found[2, k] + found[3, k]
     return counts

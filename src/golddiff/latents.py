@@ -58,11 +58,11 @@ class Latents:
         Raises:
             GolddiffError: `encode` gives something else than finite `(n, c, h, w)` floats.
         """
-        shape = self._block(images.read(0, 1), None).shape[1:]
+        shape = self._block(images.read(0, 1), None, 0).shape[1:]
 
         def read(start: int, stop: int) -> np.ndarray:
-            pixels = images.read(start, stop)
-            return np.concatenate([self._block(pixels[i : i + BATCH], shape) for i in range(0, len(pixels), BATCH)])
+            pixels, begins = images.read(start, stop), range(0, stop - start, BATCH)
+            return np.concatenate([self._block(pixels[i : i + BATCH], shape, start + i) for i in begins])
 
         return replace(images, shape=(shape[0], shape[1], shape[2]), dtype=np.dtype(np.float32), read=read)
 
@@ -81,16 +81,23 @@ class Latents:
             )
         return said.detach()
 
-    def _block(self, pixels: np.ndarray, shape: tuple[int, ...] | None) -> np.ndarray:
+    def _block(self, pixels: np.ndarray, shape: tuple[int, ...] | None, first: int) -> np.ndarray:
+        """The latents of some pictures, of which the first is row `first`; `shape` is that of those before."""
         x = torch.from_numpy(np.array(pixels)).float()
         with torch.no_grad():
             said = self.encode(x / 127.5 - 1 if pixels.dtype == np.uint8 else x)
         fits = isinstance(said, Tensor) and said.ndim == 4 and len(said) == len(x) and said.is_floating_point()
         same = fits and (shape is None or tuple(said.shape[1:]) == shape)
-        if not same or not bool(said.float().isfinite().all()):
+        if not same:
             raise GolddiffError(
                 f"latents of {self.name}: encode makes {_kind(said)} of {len(x)} pictures: it must give finite floats "
                 f"({len(x)}, c, h, w), the same for all"
+            )
+        finite = said.float().isfinite().flatten(1).all(1)
+        if not bool(finite.all()):
+            raise GolddiffError(
+                f"latents of {self.name}: row {first + int(finite.int().argmin())} has NaN or infinite values: "
+                "encode must give finite floats"
             )
         return said.detach().float().cpu().numpy()
 

@@ -43,6 +43,7 @@ WORTH_KEEPING = 4096  # pixels from which runs of a mask are kept with the bank
 CALIBRATION = ("windows", "method", "bank", "seeds", "times", "sides", "cosine", "checksum")  # keys of its file
 TILE = 1024  # pixels of one prefix sum, see kernels.py
 Sums = Callable[..., Tensor]
+LEVEL = 1e-6  # what is so little under a threshold, as ties are, is on it, whatever the rounding
 PUBLISHED_WINDOWS = list(zip(EDM().times(18), [32] * 7 + [23, 15, 11, 7, 5] + [3] * 6, strict=True))
 """PSPC's crops of 32 x 32 pictures at the 18 levels of EDM."""
 
@@ -367,7 +368,7 @@ class PCAMask(Masked):
 
     `output` (default): `M[n, m] = |W[n, m]| >= threshold * W[m, m]`, relative to the output pixel.
     `correlation`: `M[n, m] = |W[n, m]| >= threshold * sqrt(W[n, n] W[m, m])`.
-    In both, every pixel sees itself; constant pixels see only themselves and no other pixel sees them.
+    In both, ties count, every pixel sees itself; constant pixels see only themselves and no other pixel sees them.
 
     `published`: with `R[n, m] = W[n, m] / W[n, n]` (`R[n, n] = 1` where `|W[n, n]| < 1e-6`),
     `M[n, m] = |R[n, m]| >= threshold * max |R|`. The maximum is set by pixels of almost no variance, so
@@ -440,11 +441,11 @@ class PCAMask(Masked):
         statistics = self.bank.spectrum(label)
         # W without alpha^2, a common factor that these rules do not see: so alpha = 0 has its limit, C itself
         own, columns = statistics.filter(float(noise.alpha), float(noise.sigma))
-        varying = statistics.varying
+        varying, least = statistics.varying, self.threshold * (1 - LEVEL)
         mask = torch.empty(self.bank.D, self.bank.D, dtype=torch.bool)
         for part, w in columns():
             scale = own[part] if self.rule == "output" else own.sqrt()[:, None] * own[part].sqrt()
-            mask[:, part] = (w.abs_() >= self.threshold * scale) & varying[:, None] & varying[part]
+            mask[:, part] = (w.abs_() >= least * scale) & varying[:, None] & varying[part]
         return mask.fill_diagonal_(True)
 
     def _published(self, noise: Noise, label: int | None) -> Tensor:

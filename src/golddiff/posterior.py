@@ -296,9 +296,11 @@ class _Merged(Sources):
 
 def softmax_of_rows(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Weights `(..., n)`, `logsumexp` and `1 / sum w^2` `(...)` in float64, of logits `(..., n)` held at once."""
-    log_total = logits.double().logsumexp(-1)
-    weights = (logits.double() - log_total[..., None]).exp_()
-    return weights, log_total, 1 / weights.square().sum(-1)
+    peak = logits.double().amax(-1, keepdim=True)  # apart from the total, which a large peak would swallow
+    weights = (logits.double() - peak).exp_()
+    total = weights.sum(-1, keepdim=True)
+    weights /= total
+    return weights, (peak + total.log())[..., 0], 1 / weights.square().sum(-1)
 
 
 class RunningSoftmax:

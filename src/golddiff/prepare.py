@@ -45,6 +45,7 @@ BLOCK = 1024  # rows
 LARGEST_BLOCK = 2**27  # numbers
 JOURNAL = "journal.npz"
 NOTE_EVERY = 10.0  # seconds
+LARGEST = 1e15  # of a float, so that sums of squares stay within float32
 
 
 def cached_path(source: str | Path, options: dict[str, Any]) -> Path:
@@ -144,6 +145,7 @@ def fill(
     with tqdm(total=count, initial=journal.pixels, desc="images", unit="", disable=hidden) as bar:
         for start, block in images.blocks(block_of(size), journal.pixels):
             stop = start + len(block)
+            _check_numbers(block, start)
             pixels[start:stop] = block
             journal.total += block.reshape(len(block), -1).sum(0, dtype=np.float64)
             digests[start:stop] = _digests(block, images.labels[start:stop])
@@ -187,6 +189,17 @@ def fill(
 def block_of(size: int) -> int:
     """Rows of a block, fewer for large images."""
     return max(1, min(BLOCK, LARGEST_BLOCK // size))
+
+
+def _check_numbers(block: np.ndarray, first: int) -> None:
+    """Refuses floats that are no numbers or too large, by the row; `first` is that of the block."""
+    if block.dtype != np.uint8:
+        fits = (np.abs(block) <= LARGEST).reshape(len(block), -1).all(1)
+        if not fits.all():
+            raise GolddiffError(
+                f"row {first + int(np.argmin(fits))} has pixels that are NaN, infinite or beyond {LARGEST:g}: "
+                "remove or mend it"
+            )
 
 
 def _hash_digests(shape: tuple[int, ...], dtype: np.dtype, digests: np.ndarray) -> str:

@@ -27,7 +27,8 @@ TILINGS = ((0.8, 1, 2.5), (0.65, 1, 1.0), (0.35, 4, 1.0), (0.0, 8, 1.4))
 """From such an overlap of the masks of all pixels on: tiles along a side, and rows in units of `variance / tol^2`. More
 at high noise, where they cost little and decide which image comes out; and at low noise, where scores say less."""
 LOST = 100.0  # of a logit, from which averages hide too much
-LARGEST = 1e25  # product of a query and a row in a score
+LARGEST = 1e25  # product of a query and a row in a score, in units of 255
+LEAST = 1e-30  # step that stands for 0
 BLOCK = 2**14
 BYTES = 64  # of a row that compiled loops read together
 IMAGES = 4  # that the compiled loop scores together
@@ -152,7 +153,7 @@ class Scores:
     def query(self, q: Tensor, s: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """What the tiles see of an image in the units of the view of rows, `(B, T, U)` float64, and the step `()` from
         those to logits; for q `(B, D)` and s `()` float64."""
-        step = s * self.view(level.fine)[2]
+        step = (s * self.view(level.fine)[2]).clamp(min=LEAST)
         whole = q if level.fine else self.bank.pooling(q)
         return whole[:, level.inputs.long()] / step, step
 
@@ -163,9 +164,10 @@ class Scores:
 
     def _factors(self, q: Tensor, s: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """`a` `(B, T, U)` and `c` `(T, U)` float32 of the scores `sum of v (a + c v)`."""
-        seen, step = self.query(q, s.clamp(min=1e-300), level)
+        seen, step = self.query(q, s, level)
         # beyond the range of float32 only the order of the rows matters
-        shrink = 1 / (step**2 * seen.abs().max().clamp(min=1)).div(LARGEST).clamp(min=1)
+        reach = 1.0 if self.bank.is_uint8 or not level.fine else float(self.bank.norms.max().sqrt()) / 255
+        shrink = 1 / (step**2 * (seen.abs().max().clamp(min=1) * max(reach, 1.0))).div(LARGEST).clamp(min=1)
         return (level.weights * seen * (step**2 * shrink)).float(), (level.weights * -(step**2 * shrink) / 2).float()
 
     def shared(self, q: Tensor, s: Tensor, level: Level, rows: Tensor) -> Tensor:

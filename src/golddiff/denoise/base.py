@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..bank import Bank
-from ..errors import GolddiffError
+from ..errors import GolddiffError, beyond
 from ..images import NO_LABEL
 from ..memory import explained, require
 from ..noise import Noise
@@ -92,9 +92,7 @@ class Denoiser(abc.ABC):
             items.append(where)
         merged = Posterior.merge(parts, items, x_t, noise)
         if not bool(torch.isfinite(merged.mean).all()):
-            raise GolddiffError(
-                f"x_t or sigma / alpha is out of the range of {x_t.dtype}: use float64, or smaller values"
-            )
+            raise beyond(x_t.dtype)
         return merged
 
     def mean(

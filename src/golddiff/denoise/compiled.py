@@ -51,7 +51,7 @@ def masked_softmax(
     kernels.use_threads_of_torch()
     # the part q^2 is the same for all rows and is added at the end; what is left is small at high noise
     reach = s * torch.maximum(bank.centre, 255 - bank.centre).max()
-    largest = (reach * (reach + 2 * q.abs().amax(1))).clamp(min=1e-30).numpy()
+    largest = (reach * (reach + 2 * q.abs().amax(1))).clamp(min=1e-20).numpy()
     squares = (q**2).numpy()
     out = np.empty((3, *q.shape))
     for tile, columns in enumerate(runs):

@@ -51,9 +51,9 @@ class CropDenoiser(Denoiser):
         mean, log_total, ess = (torch.stack(parts) for parts in zip(*images, strict=True))
 
         def weigh(b: int, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
-            log_totals = self._log_totals(q[b], s[b], sides, eligible)
+            peaks, totals = self._totals(q[b], s[b], sides, eligible)
             parts = [
-                self._spread((self._logits(q[b], s[b], v, sides) - log_totals).exp(), sides)
+                self._spread((self._logits(q[b], s[b], v, sides) - peaks).exp_() / totals, sides)
                 for _, _, v in self.bank.blocks(eligible, q.dtype, BLOCK)
             ]
             weights = torch.cat(parts).flatten(1).repeat(1, self.bank.shape[0])
@@ -74,21 +74,26 @@ class CropDenoiser(Denoiser):
         self, q: Tensor, s: Tensor, sides: tuple[int, int], eligible: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mean of the centred rows, mean log of the totals, and ess, of one image, `(D,)` float64 each."""
-        log_totals = self._log_totals(q, s, sides, eligible)
+        peaks, totals = self._totals(q, s, sides, eligible)
         channels = self.bank.shape[0]
         mean = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
         squares = torch.zeros(self.bank.shape[1:], dtype=torch.float64, device=q.device)
         for _, _, v in self.bank.blocks(eligible, q.dtype, BLOCK):
-            weights = self._spread((self._logits(q, s, v, sides) - log_totals).exp_(), sides).to(q.dtype)
+            weights = self._spread((self._logits(q, s, v, sides) - peaks).exp_() / totals, sides).to(q.dtype)
             mean += (weights[:, None] * v.unflatten(1, self.bank.shape)).sum(0).flatten()
             squares += weights.square().sum(0)
-        spread = self._spread(log_totals[None], sides)[0]
+        spread = self._spread((peaks + totals.log())[None], sides)[0]
         return mean, spread.flatten().repeat(channels), (1 / squares).flatten().repeat(channels)
 
-    def _log_totals(self, q: Tensor, s: Tensor, sides: tuple[int, int], eligible: Tensor | None) -> Tensor:
-        """`logsumexp` of each crop's logits, `(rows, columns)` float64."""
-        parts = [self._logits(q, s, v, sides).logsumexp(0) for _, _, v in self.bank.blocks(eligible, q.dtype, BLOCK)]
-        return torch.stack(parts).logsumexp(0)
+    def _totals(self, q: Tensor, s: Tensor, sides: tuple[int, int], eligible: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The largest of each crop's logits, and the sum of `exp(logit - largest)`, `(rows, columns)` float64."""
+        peaks, totals = [], []
+        for _, _, v in self.bank.blocks(eligible, q.dtype, BLOCK):
+            logits = self._logits(q, s, v, sides)
+            peaks.append(logits.amax(0))
+            totals.append(logits.sub_(peaks[-1]).exp_().sum(0))
+        peak = torch.stack(peaks).amax(0)
+        return peak, (torch.stack(totals) * (torch.stack(peaks) - peak).exp_()).sum(0)
 
     def _logits(self, q: Tensor, s: Tensor, v: Tensor, sides: tuple[int, int]) -> Tensor:
         """Of each row and crop, `(n, rows, columns)` float64."""

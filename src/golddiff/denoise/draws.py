@@ -128,6 +128,8 @@ class NeighbourProposals(Denoiser):
     def _draw(self, q: Tensor, s: Tensor, rows: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Distinct rows that were drawn, ascending, their weights, and the estimated log of the total."""
         logits = self.bank.distances(q, s, rows) / -2
+        top = logits.max()
+        logits -= top
         near = logits.topk(min(self.neighbours, len(rows)))
         others = torch.ones(len(rows), dtype=torch.bool, device=rows.device).index_fill_(0, near.indices, False)
         far = others.nonzero()[:, 0]
@@ -147,7 +149,7 @@ class NeighbourProposals(Denoiser):
         distinct, which = chosen.unique(return_inverse=True)
         weights = torch.zeros(len(distinct), dtype=torch.float64, device=rows.device).index_add_(0, which, ratios)
         order = rows[distinct].argsort()
-        return rows[distinct][order], weights[order] / weights.sum(), log_total + peak + ratios.mean().log()
+        return rows[distinct][order], weights[order] / weights.sum(), top + log_total + peak + ratios.mean().log()
 
 
 def generator(seed: int, level: int) -> torch.Generator:

@@ -20,7 +20,6 @@ from .sources import WholeRows
 __all__ = ["Nearest", "Optimal"]
 
 MEASURED_AGAIN = 512  # up to so many rows of weight are measured again by differences
-NEGLIGIBLE = 20.0  # rows whose weights together are under exp(-20)
 TINY = 80.0  # exp(-80) stands for all that is smaller: denormal numbers are slow
 NOTHING = 45.0  # a row of weight exp(-45) is nothing to double precision
 
@@ -117,7 +116,8 @@ class Optimal(Denoiser):
             error = torch.maximum(error, scan.logits(scan.read(rows), self.bank.norms[rows], out=logits[part]))
             tops.append(logits[part].amax(0))
         peak = torch.stack(tops).amax(0)
-        floor = (peak.double() - 2 * error - NEGLIGIBLE - math.log(count)).to(q.dtype)
+        negligible = 4 - math.log(torch.finfo(q.dtype).eps)  # rows that together weigh a fraction of a rounding error
+        floor = (peak.double() - 2 * error - negligible - math.log(count)).to(q.dtype)
         carried = logits >= floor
         heavy = carried.sum(0, dtype=torch.int32) > MEASURED_AGAIN
         mean = torch.zeros(q.shape, dtype=torch.float64, device=q.device)

@@ -100,22 +100,22 @@ def from_dataset(dataset: Any) -> Images:
                     "bring them to one shape and type"
                 )
             block[i - start] = picture
-        check_pixels(block)
+        check_pixels(block, start)
         return block
 
     shape = (first.shape[0], first.shape[1], first.shape[2])
     return Images(shape, first.dtype, labels, [str(i) for i in range(count)], read)
 
 
-def check_pixels(array: np.ndarray) -> None:
-    """Refuses what cannot be pixels, with the conversion that is missing."""
+def check_pixels(array: np.ndarray, first: int = 0) -> None:
+    """Refuses what cannot be pixels, with the conversion that is missing; `first` is the number of the first row."""
     if array.dtype not in (np.uint8, np.float32, np.float64):
         raise GolddiffError(f"pixels of type {array.dtype}: convert them to uint8 (0 to 255) or to float32 in [-1, 1]")
     if array.dtype != np.uint8 and array.size:
         finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
         if not finite.all():
-            raise GolddiffError(f"row {int(np.argmin(finite))} has NaN or infinite pixels: remove or mend it")
-        if array.max() > 2 and array.min() >= 0:
+            raise GolddiffError(f"row {first + int(np.argmin(finite))} has NaN or infinite pixels: remove or mend it")
+        if array.size and array.max() > 2 and array.min() >= 0:
             raise GolddiffError(f"float pixels from {array.min():.4g} to {array.max():.4g}: bring them to [-1, 1]")
 
 
