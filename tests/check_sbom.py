@@ -1,7 +1,6 @@
 """Whether a bill of materials is true: python tests/check_sbom.py build/sbom.json (Python's own library is enough).
 
-Everything that golddiff asks for is in it, in the version of constraints.txt; so is everything that comes with that; all
-have a licence or a page that says it.
+Everything that golddiff asks for is in it; all that is in it has the version of constraints.txt and a licence.
 """
 
 import json
@@ -29,7 +28,9 @@ def asked():
     extras = project["optional-dependencies"]
     names = re.search(r"\[(.*)\]", extras["all"][0])[1].split(",")
     said = project["dependencies"] + [text for name in names for text in extras[name]]
-    return {normal(name): lowest for name, lowest in (re.fullmatch(r"([\w-]+)>=([\d.]+)", text).groups() for text in said)}
+    return {
+        normal(name): lowest for name, lowest in (re.fullmatch(r"([\w-]+)>=([\d.]+)", text).groups() for text in said)
+    }
 
 
 def check(bill):
