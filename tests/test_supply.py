@@ -5,6 +5,7 @@ import importlib.metadata
 import re
 import tomllib
 
+import numpy as np
 import pytest
 
 import golddiff as gd
