@@ -88,6 +88,7 @@ $(VENV)/torch.done: $(VENV)/bin/python constraints.txt
 
 $(VENV)/demo.done: $(VENV)/torch.done pyproject.toml
 	$(PIP) -e '.[demo]'
+	$(BIN)/python -m pip check
 	touch $@
 
 # deepinv apart from the rest: it asks for torchvision, which nothing here needs (the tests stand in for it)
@@ -99,6 +100,7 @@ $(VENV)/dev.done: $(VENV)/torch.done pyproject.toml
 
 $(VENV)/docs.done: $(VENV)/torch.done pyproject.toml
 	$(PIP) -e '.[docs]'
+	$(BIN)/python -m pip check
 	touch $@
 
 clean:
