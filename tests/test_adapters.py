@@ -242,6 +242,8 @@ def test_wrong_arguments(digits, call, says):
      "KDPM2AncestralDiscrete", "Helios"],
 )  # fmt: skip
 def test_schedulers_that_are_not_understood(digits, name):
+    if not hasattr(diffusers, f"{name}Scheduler"):
+        pytest.skip(f"this diffusers has no {name}Scheduler")
     with pytest.raises(gd.GolddiffError, match="not understood: take DDIM"):
         GoldDiffPipeline.from_pretrained(digits, "optimal", getattr(diffusers, f"{name}Scheduler")())
 

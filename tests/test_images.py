@@ -531,7 +531,7 @@ def broken_file(tmp_path, kind):
         ("missing", "nothing at .*check the path"), ("empty folder", "holds no pictures"),
         ("unknown name", "did you mean 'digits'"), ("truncated picture", "b.png cannot be read"),
         ("not a picture", "b.png cannot be read"), ("sizes differ", "a.png is 7x5, .*b.png is 7x4; give --size"),
-        ("16 bits", "b.png has pixels of mode I;16"), ("16 bits in colour", "16 bits, not 8-bit"),
+        ("16 bits", "b.png has pixels of mode I"), ("16 bits in colour", "16 bits, not 8-bit"),
         ("16 bits in a ppm", "16 bits, not 8-bit"), ("animated", "b.gif is animated"),
         ("transparent", "b.png is partly transparent"), ("beside class folders", "beside class folders"),
         ("lying idx", "announces 2147483648 x 5 x 7 bytes and holds 210"), ("cut gzip", "cannot be read"),

@@ -124,7 +124,8 @@ def oracle(
     """A trained network as a denoiser.
 
     Arguments:
-        source: a folder of a diffusers `UNet2DModel`, or of a pipeline that holds one as `unet/` (extra `diffusers`);
+        source: a folder of a diffusers `UNet2DModel` with its weights as safetensors, or of a pipeline that holds one
+            as `unet/` (extra `diffusers`);
             or a callable, see `Oracle`.
         bank: the images that it is compared on.
         prediction: what the network says; by default what the folder's scheduler says.
@@ -168,7 +169,9 @@ def _diffusers(folder: Path, bank: Bank) -> tuple[Callable[[Tensor, Tensor], Ten
         config = json.loads((unet / "config.json").read_text())
         if config["_class_name"] != "UNet2DModel":
             raise ValueError(f"a {config['_class_name']}, not a UNet2DModel")
-        model: Any = UNet2DModel.from_pretrained(unet, local_files_only=True).eval().to(bank.device)
+        model: Any = (
+            UNet2DModel.from_pretrained(unet, local_files_only=True, use_safetensors=True).eval().to(bank.device)
+        )
         place = next((p for p in (folder / "scheduler", folder) if (p / "scheduler_config.json").is_file()), None)
         scheduler = None if place is None else DDPMScheduler.from_pretrained(place, local_files_only=True)
     except Exception as error:  # files of others fail in any way
@@ -182,5 +185,5 @@ def _diffusers(folder: Path, bank: Bank) -> tuple[Callable[[Tensor, Tensor], Ten
         raise GolddiffError(
             f"{folder} is a network for images of {theirs}, the bank has {channels} x {height} x {width}"
         )
-    files = sorted(path for path in unet.iterdir() if path.suffix in (".safetensors", ".bin"))
+    files = sorted(path for path in unet.iterdir() if path.suffix == ".safetensors")
     return lambda x, t: model(x, t).sample, scheduler, " ".join(hash_file(path) for path in files)
