@@ -84,7 +84,7 @@ def test_a_rank_that_dies_ends_the_run(tmp_path, capsys):
         if spread == "seeds":  # the first one would work on, and notice at the end: it may be stopped as well
             ranks[0].send_signal(signal.SIGINT)
         _, err = ranks[0].communicate(timeout=60)
-        assert ranks[0].returncode == (2 if spread == "bank" else 130)
+        assert ranks[0].returncode in ((2,) if spread == "bank" else (2, 130))  # whichever it notices first
         assert "has lost another rank" in err or "the same command goes on" in err
         done = len(list(out.glob("seed*.png")))
         assert len(np.load(out / "samples.npz")["arr_0"]) <= done  # finished images are kept

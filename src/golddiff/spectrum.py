@@ -210,7 +210,7 @@ class Rows:
 def compute_spectrum(rows: Rows) -> Spectrum:
     """The eigenbasis of the covariance (divided by N - 1), by the Gram matrix where rows are fewer than pixels."""
     size, count = len(rows.centre), rows.count
-    _require(size, 8 * (5 * size * count + 6 * count**2 if count <= size else 7 * size**2))
+    _require(size, 8 * (5 * size * count + 6 * count**2 if count <= size else 9 * size**2))
     if count <= size:
         mean, *found = _by_gram(rows)
     else:
