@@ -17,8 +17,8 @@ test: $(VENV)/dev.done lint ## lint, types and all tests
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # what other versions could break; not the pages, the browser, the long comparisons with stored outputs
-CORE := $(addprefix tests/test_,adapters.py bank.py cli.py compiled.py explorer.py golden.py images.py import.py masks.py \
-	noise.py runs.py samplers.py scan.py supply.py)
+CORE := $(addprefix tests/test_,adapters.py bank.py cli.py compiled.py denoisers.py explorer.py golden.py images.py \
+	import.py masks.py noise.py runs.py sample.py samplers.py scan.py supply.py)
 TOOLS := pytest pytest-xdist hypothesis httpx httpx2
 
 MINIMUM := .venv-minimum
