@@ -170,6 +170,17 @@ def test_what_was_changed_on_purpose_can_be_used(copy):
         assert use(copy) is not None
 
 
+@pytest.mark.parametrize("seal", ["", "checksum: x\n"])
+def test_keys_that_are_no_text(tmp_path, seal):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("options:\n  1: 2\n  tol: 3\n" + seal)
+    if seal:
+        with pytest.raises(GolddiffError, match="was changed after it was written"):
+            read_settings(path)
+    else:
+        assert read_settings(path)["options"] == {1: 2, "tol": 3}
+
+
 def test_a_swap_of_large_files_is_found_when_the_bank_is_opened(tmp_path):
     """Files are compared with their build by their edges, so a swap is found in files of any size."""
     rng = np.random.default_rng(0)

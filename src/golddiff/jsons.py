@@ -61,13 +61,20 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, SEAL: checksum(content)}
 
 
+def _seals(content: dict[str, Any]) -> bool:
+    try:
+        return bool(content[SEAL] == checksum(content))
+    except (TypeError, ValueError):  # what is no JSON was not sealed here: YAML has keys that are no text
+        return False
+
+
 def unsealed(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """The content without its seal, if it is as it was sealed, or has no seal (any more).
 
     Raises:
         GolddiffError: it was changed after it was sealed.
     """
-    if content.get(SEAL, "") not in ("", checksum(content)):
+    if SEAL in content and not _seals(content):
         raise GolddiffError(
             f"{path} was changed after it was written: take it from a copy, or, if you changed it, remove its {SEAL}"
         )
