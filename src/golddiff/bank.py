@@ -63,6 +63,7 @@ DERIVED = "derived"
 STATISTICS_ROWS = 2**16
 SUMMED_ANEW = 10_000  # statistics of fewer rows are summed anew when some are removed
 BLOCK_NUMBERS = 2**21  # of a block that stays in a processor's cache
+LARGEST_SPARE = 2**26  # bytes of a block that is kept for the next one
 WORTH_COMPILING = 2**22  # pixels to compare from which a compiled loop is loaded
 ARRAYS = ("pixels", "labels", "ids", "keys", "centre", "norms", "proxy")
 
@@ -478,7 +479,8 @@ class Bank:
                 chosen = part if rows is None else rows[part]
                 yield part, chosen, self.centred(chosen, dtype, buffer)
         finally:
-            self._spare[dtype] = buffer
+            if buffer.nbytes <= LARGEST_SPARE:
+                self._spare[dtype] = buffer
 
     def uncentred(self, v: Tensor) -> Tensor:
         """`x = scale * (v + centre) + offset`: from centred rows (or their weighted means) to [-1, 1]."""
