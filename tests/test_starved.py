@@ -195,6 +195,11 @@ def test_what_cannot_fit_is_refused_before_the_work(tmp_path, monkeypatch):
     assert gd.sample(gd.denoiser("optimal", bank), [0], steps=2).shape == (1, 3, 16, 16)
 
 
+def test_few_large_images_are_not_taken_for_many(monkeypatch):
+    left(monkeypatch, 256 * MIB)
+    assert len(gd.Bank.build(np.zeros((4, 1024, 1024, 3), np.uint8))) == 4
+
+
 @pytest.mark.parametrize("kind", ["eigenbasis", "gram"])
 def test_what_a_covariance_takes_is_not_underestimated(tmp_path, kind):
     process = multiprocessing.get_context("spawn").Process(target=jobs.covariance, args=(tmp_path, kind))

@@ -36,6 +36,7 @@ from .prepare import (
     FORMAT,
     JOURNAL,
     Journal,
+    block_of,
     cached_path,
     described,
     fill,
@@ -231,9 +232,10 @@ class Bank:
         if coder is not None:
             images, stated["latents"] = coder.encoded(images), coder.stated
         if out is None:
-            numbers = len(images) * math.prod(images.shape)
+            size = math.prod(images.shape)
+            together = min(len(images), block_of(size))
             require(
-                numbers * images.dtype.itemsize + 2 * BLOCK * math.prod(images.shape) * 8,
+                len(images) * size * images.dtype.itemsize + 2 * together * size * 8,
                 f"a bank of {len(images)} images in memory",
                 "give out=, and it is written to a folder and mapped",
             )

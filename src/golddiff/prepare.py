@@ -30,6 +30,7 @@ __all__ = [
     "FORMAT",
     "JOURNAL",
     "Journal",
+    "block_of",
     "cached_path",
     "described",
     "fill",
