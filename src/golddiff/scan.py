@@ -10,12 +10,14 @@ from torch import Tensor
 from .bank import BLOCK_NUMBERS, Bank
 from .errors import GolddiffError
 from .golden import rounding, smallest
+from .memory import DoesNotFit
 from .noise import Noise
 
 __all__ = ["Scan", "nearest_images", "scan_of"]
 
 DIGITS = torch.tensor([1.0, 2.0**8, 2.0**16, 2.0**24], dtype=torch.float64)
 MOST_PRODUCTS = 2**17 - 1  # of bytes, that add up in int32
+UNTOUCHED = -(2**31)  # what no sum of so many products is
 LOGITS_AT_ONCE = 2**26  # of images that are scanned together
 FEWEST_ROWS, MOST_ROWS = 256, 2**15  # of a block
 
@@ -102,6 +104,7 @@ class _Bytes(Scan):
         unit = q.double().abs().amax(1).clamp(min=1e-30) / (2**23 - 2**15 - 2**7 - 1)
         spelled = digits((q.double() / unit[:, None]).round_())[..., :3]
         self._query = spelled.permute(2, 0, 1).flatten(0, 1).contiguous()  # (3 B, D)
+        self._products = torch.empty(self.size, len(self._query), dtype=torch.int32)
         self._constant = (s.double() * (q.double() @ self._middle)).to(q.dtype)
         self._scale = (s.double() * unit).to(q.dtype)
         self._step = 1 / (2**31 - 2**24)
@@ -112,7 +115,8 @@ class _Bytes(Scan):
         return torch.bitwise_xor(chosen, 128, out=self._buffer[: len(chosen)]).view(torch.int8)
 
     def logits(self, block: Tensor, norms: Tensor, out: Tensor) -> Tensor:
-        low, middle, high = torch._int_mm(block, self._query.T).unflatten(1, (3, -1)).unbind(1)
+        products = multiply_bytes(block, self._query.T, out=self._products[: len(block)])
+        low, middle, high = products.unflatten(1, (3, -1)).unbind(1)
         out.copy_(high).mul_(2.0**16).add_(middle, alpha=2.0**8).add_(low)
         out.mul_(self._scale).sub_(self._constant).addcmul_(norms.to(out.dtype)[:, None], self.half)
         longest = norms.max().sqrt() + self._middle.norm()  # of b
@@ -120,6 +124,7 @@ class _Bytes(Scan):
 
     def begin(self, images: int) -> None:
         self._sums = torch.zeros(self.bank.D, images, 4, dtype=torch.int32)
+        self._added = torch.empty(self.bank.D, 4 * images, dtype=torch.int32)
         self._done = torch.zeros(self.bank.D, images, dtype=torch.float64)
         self._rows = 0
 
@@ -127,7 +132,7 @@ class _Bytes(Scan):
         if self._rows + len(block) > MOST_PRODUCTS:
             self._settle()
         whole = (weights.double() / self._step).round_()
-        self._sums += torch._int_mm(block.T, digits(whole).flatten(1)).view_as(self._sums)
+        self._sums += multiply_bytes(block.T, digits(whole).flatten(1), out=self._added).view_as(self._sums)
         self._rows += len(block)
         return whole.sum(0) * self._step
 
@@ -140,6 +145,25 @@ class _Bytes(Scan):
         self._done += (self._sums.double() @ DIGITS) * self._step
         self._sums.zero_()
         self._rows = 0
+
+
+def multiply_bytes(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """`a @ b` of signed bytes, `(n, k)` int32, into `out`.
+
+    Where memory runs out torch neither computes this product nor says so. So some rows, at least one of the part of
+    each thread, begin as what cannot come out.
+
+    Raises:
+        DoesNotFit: it was not computed.
+    """
+    some = out[::16]
+    some.fill_(UNTOUCHED)
+    torch._int_mm(a, b, out=out)
+    if some.amin() == UNTOUCHED:
+        raise DoesNotFit(
+            "there is too little memory for a product of bytes: close other programs, or give smaller batches"
+        )
+    return out
 
 
 def digits(whole: Tensor) -> Tensor:
