@@ -14,6 +14,7 @@ from golddiff import prepare, runs, spectrum
 from golddiff.recipe import Recipe
 from golddiff.reports import attribution_report, audit_report
 from golddiff.runs import run
+from golddiff.scan import multiply_bytes
 from golddiff.training import Training, train_oracle
 
 torch.set_num_threads(1)
@@ -99,6 +100,13 @@ def concentrate(folder):
 def derive(folder):
     """Statistics and masks, which are kept beside the bank."""
     gd.sample(gd.denoiser("pca", bank_of(folder)), [0], steps=2)
+
+
+def product(folder):
+    """A product of bytes."""
+    a, b = torch.randint(-128, 128, (600, 192), dtype=torch.int8), torch.randint(-128, 128, (192, 24), dtype=torch.int8)
+    found = multiply_bytes(a, b, out=torch.empty(600, 24, dtype=torch.int32))
+    assert torch.equal(found.double(), a.double() @ b.double())
 
 
 def covariance(folder, kind):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import errno
 import hashlib
 import importlib.util
 import math
@@ -19,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .derived import Derived
 from .errors import GolddiffError, beyond, unknown
@@ -29,7 +27,7 @@ from .images import NO_LABEL, Images, open_source
 from .jsons import as_written, checksum, read_json, sealed, write_json
 from .latents import Latents, reopened, same_as
 from .latents import latents as latents_in
-from .memory import DoesNotFit, explained, require
+from .memory import DoesNotFit, explained, is_lack, require
 from .noise import Noise
 from .prepare import (
     BLOCK,
@@ -45,6 +43,7 @@ from .prepare import (
     source_name,
     stamp,
 )
+from .progress import Bar
 from .proxy import Pooling
 from .spectrum import (
     LARGEST_EIGENBASIS,
@@ -284,7 +283,7 @@ class Bank:
         write_json(folder / META, sealed(meta))
         bank = cls.open(folder)
         if bank.D <= LARGEST_EIGENBASIS:  # larger: when it is first needed
-            bar = tqdm(total=1, desc="spectrum", disable=None if progress else True)
+            bar = Bar(total=1, desc="spectrum", disable=None if progress else True)
             with bar, suppress(DoesNotFit):  # methods without it work all the same
                 bank.spectrum()
                 bar.update()
@@ -643,7 +642,7 @@ def _mapped(file: Path, meta: dict[str, Any]) -> np.ndarray:
         # copy-on-write: torch wants writable memory, the file is never written to
         array: np.ndarray = np.lib.format.open_memmap(file, "c")
     except Exception as error:  # a file that is damaged fails in any way
-        if getattr(error, "errno", None) == errno.ENOMEM:
+        if is_lack(error):
             raise
         raise GolddiffError(f"{file} cannot be opened ({error}): build the bank again") from error
     found, stated = described(array), meta["arrays"].get(file.stem)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from .bank import Bank
 from .denoise import denoiser
@@ -16,6 +15,7 @@ from .jsons import sealed, write_json
 from .memory import explained
 from .noise import schedule_named
 from .oracle import Oracle
+from .progress import Bar
 from .sample import trajectory
 
 __all__ = ["calibrate"]
@@ -57,7 +57,7 @@ def calibrate(
     models = [denoiser(method, bank, window=side, **options) for side in tried]
     total = torch.zeros(steps, len(tried), dtype=torch.float64)
     levels = schedule_named(schedule).levels(steps)
-    with tqdm(total=len(seeds) * steps * len(tried), desc="calibrating", disable=None) as bar:
+    with Bar(total=len(seeds) * steps * len(tried), desc="calibrating", disable=None) as bar:
         for start in range(0, len(seeds), batch):
             part = list(seeds)[start : start + batch]
             for step in trajectory(oracle, part, steps=steps, schedule=schedule_named(schedule)):

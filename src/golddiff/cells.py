@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .golden import PADDING
+from .progress import SILENT, Bar
 
 __all__ = ["Cells", "reached"]
 
@@ -30,7 +30,6 @@ SHAPING = 2**14  # rows that coordinates are found from
 ROUNDS = 8  # of k-means
 NEAREST = 0.75  # of the rows that are reached, those of the nearest cells
 STEEPEST, FARTHEST = 1e30, 1e12  # what is beyond the range of float32 is taken for these
-SILENT = 5.0  # seconds until progress is shown
 NUMBERS = 2**25  # rows times entries that are read at once
 
 Rows = Callable[[Tensor], Tensor]
@@ -80,7 +79,7 @@ class Cells:
         trees = [_Tree.grow(torch.cat(part)) for part in parts]
         cells = torch.empty(count, tiles, dtype=torch.int16)
         sums = torch.zeros(tiles, CELLS, dtype=torch.float64)
-        for start in tqdm(range(0, count, block), desc="cells", leave=False, delay=SILENT, disable=None):
+        for start in Bar(range(0, count, block), desc="cells", leave=False, delay=SILENT, disable=None):
             some = torch.arange(start, min(start + block, count))
             for t, (tree, y) in enumerate(zip(trees, coordinates(some), strict=True)):
                 cell, far = tree.find(y)

@@ -17,7 +17,6 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .bank import Bank
 from .denoise import Denoiser, denoiser
@@ -30,6 +29,7 @@ from .metrics import agreement, evaluate, mean_and_error, reference_features
 from .noise import schedule_named
 from .oracle import Oracle
 from .pictures import grid, save_png, to_uint8
+from .progress import Bar
 from .recipe import parse_options
 from .runs import memory_since
 from .sample import DDIM, initial_noise, trajectory
@@ -162,7 +162,7 @@ class _Work:
         seconds = np.zeros(len(self.levels))
         measure = memory_since()
         batches = [slice(i, i + self.batch) for i in range(0, len(seeds), self.batch)]
-        with tqdm(total=len(seeds), desc=name, unit="image", disable=None) as bar:
+        with Bar(total=len(seeds), desc=name, unit="image", disable=None) as bar:
             for part in batches:
                 steps, clock = [], time.perf_counter()
                 for step in trajectory(
@@ -216,7 +216,7 @@ class _Work:
         images = len(seeds) * (1 if guide is None else 2) + (0 if self.held_out is None else len(self.held_out))
         estimate = sum(spent) / len(spent) * len(self.levels) * images
         if estimate > 20:
-            tqdm.write(f"{name}: about {estimate / 60:.1f} minutes, or less in batches")
+            Bar.write(f"{name}: about {estimate / 60:.1f} minutes, or less in batches")
 
 
 class _Folder:

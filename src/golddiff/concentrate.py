@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .bank import Bank
 from .denoise import denoiser
@@ -22,6 +21,7 @@ from .locality import Masked
 from .memory import explained
 from .noise import Noise, schedule_named
 from .posterior import softmax_of_rows
+from .progress import Bar
 from .sample import initial_noise
 
 __all__ = ["concentrate"]
@@ -84,7 +84,7 @@ def concentrate(
     local, paper = LocalSubset(bank, tol), Budget()
     z = initial_noise([FAR + i for i in range(len(x))], bank.shape).to(x)
     levels = []
-    with tqdm(total=steps * len(x), desc="concentrate", unit="image", disable=None) as bar:
+    with Bar(total=steps * len(x), desc="concentrate", unit="image", disable=None) as bar:
         for time, noise in schedule_named(schedule).levels(steps):
             alpha, sigma = noise.like(x)
             found: dict[str, list[Tensor]] = {"whole": [], "pixels": []}

@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 EDGE = 2**16  # bytes
+WRITER = 2**21  # bytes, more than what the writer of safetensors takes beside the tensors
 LOCK = ".lock"
 HALF_WRITTEN = re.compile(r"\.[0-9a-f]{8}-.+|\.tmp[A-Za-z0-9]{6}")
 
@@ -64,6 +65,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file, which appears only when it is complete."""
     with replacing(path) as part:
+        bytearray(WRITER)  # or MemoryError: where this does not fit, the writer would end the process
         try:
             save_file(tensors, part, metadata=metadata)
         except SafetensorError as error:

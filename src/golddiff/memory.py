@@ -15,7 +15,7 @@ try:
 except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
-__all__ = ["DoesNotFit", "explained", "in_words", "require", "room"]
+__all__ = ["DoesNotFit", "explained", "in_words", "is_lack", "require", "room"]
 
 ENDLESS = 2**60  # limits that are none
 GROUPS = Path("/sys/fs/cgroup")
@@ -57,14 +57,16 @@ def explained(advice: str = "close other programs, or give smaller batches") -> 
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
-        if not _is_lack(error):
+        if not is_lack(error):
             raise
         left = room()
         said = "" if left is None else f", {in_words(left)} is left"
-        raise DoesNotFit(f"there is too little memory for this{said} ({str(error)[:100]}): {advice}") from error
+        reason = f" ({str(error)[:100]})" if str(error) else ""
+        raise DoesNotFit(f"there is too little memory for this{said}{reason}: {advice}") from error
 
 
-def _is_lack(error: Exception) -> bool:
+def is_lack(error: Exception) -> bool:
+    """Whether an error says that memory ran out."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     told = ("allocate memory", "out of memory", "start new thread")

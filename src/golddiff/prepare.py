@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .errors import GolddiffError
 from .files import cache_folder, replacing
 from .foreign import Npz
 from .images import Images, find_source
 from .memory import require
+from .progress import Bar
 from .proxy import Pooling
 
 __all__ = [
@@ -143,7 +143,7 @@ def fill(
     ids[:] = names
     digests = create("digests", (count, 2), np.int64)
     hidden = None if progress else True
-    with tqdm(total=count, initial=journal.pixels, desc="images", unit="", disable=hidden) as bar:
+    with Bar(total=count, initial=journal.pixels, desc="images", unit="", disable=hidden) as bar:
         for start, block in images.blocks(block_of(size), journal.pixels):
             stop = start + len(block)
             _check_numbers(block, start)
@@ -163,7 +163,7 @@ def fill(
     proxy = create("proxy", (count, pooling.size), np.float32)
     kind = torch.float32 if images.dtype == np.uint8 else torch.float64  # sums of so few bytes are exact in float32
     middle = torch.from_numpy(centre).to(kind)
-    with tqdm(total=count, initial=journal.proxies, desc="proxies", unit="", disable=hidden) as bar:
+    with Bar(total=count, initial=journal.proxies, desc="proxies", unit="", disable=hidden) as bar:
         for start in range(journal.proxies, count, block_of(size)):
             stop = min(start + block_of(size), count)
             v = torch.from_numpy(pixels[start:stop].reshape(-1, size)).to(kind) - middle

@@ -19,7 +19,6 @@ from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from .bank import Bank
 from .denoise import Denoiser
@@ -29,6 +28,7 @@ from .foreign import Npz
 from .jsons import read_json, unsealed, write_json
 from .memory import explained, require
 from .pictures import grid, save_png, to_uint8
+from .progress import Bar
 from .ranks import ALONE, Ranks
 from .recipe import Recipe
 from .sample import Step
@@ -124,7 +124,7 @@ def _run(
     todo, writes = _work_of(recipe, folder, batch, ranks, spread)
     shown = None if ranks.is_first else True
     try:
-        with tqdm(total=sum(map(len, todo)) * recipe.levels, desc=recipe.method, unit="step", disable=shown) as bar:
+        with Bar(total=sum(map(len, todo)) * recipe.levels, desc=recipe.method, unit="step", disable=shown) as bar:
             for seeds in todo:
                 kept = []
                 for step in meter.timed(recipe.trajectory(denoiser, seeds)):

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .bank import Bank
 from .denoise import Denoiser, per_image
@@ -20,6 +19,7 @@ from .golden import hashed
 from .images import NO_LABEL
 from .noise import CLEAN, DDPM, Noise, Schedule
 from .posterior import Posterior
+from .progress import Bar
 
 __all__ = [
     "DDIM",
@@ -333,7 +333,7 @@ def sample(
     each = per_image(NO_LABEL if labels is None else labels, len(seeds), "labels").tolist()
     out = []
     count = len(levels_from(DDPM() if schedule is None else schedule, steps, start))
-    with tqdm(total=len(seeds) * count, desc="sampling", unit="step", disable=None if progress else True) as bar:
+    with Bar(total=len(seeds) * count, desc="sampling", unit="step", disable=None if progress else True) as bar:
         for first in range(0, len(seeds), batch):
             part = slice(first, first + batch)
             for step in trajectory(

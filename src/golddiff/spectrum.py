@@ -10,9 +10,9 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .memory import require
+from .progress import SILENT, Bar
 
 __all__ = [
     "COLUMNS",
@@ -33,7 +33,6 @@ COLUMNS = 1024  # of a block
 LEADING, SPARE = 2048, 128  # eigenvectors of a covariance that is too large for all, and those that help to find them
 AGREES = 4e-3  # gains of what is left out, up to which masks agree (docs/scale.md)
 CONSTANT = 1e-12  # pixels whose variance is at most this are constant
-SILENT = 5.0  # seconds until progress is shown
 EXACT_FLOAT32 = 2**24  # whole numbers up to here are exact in float32
 
 
@@ -303,7 +302,7 @@ def _covariance(rows: Rows) -> tuple[Tensor, Tensor]:
     total = torch.zeros(size, dtype=torch.float64)
     product = torch.zeros(size, size, dtype=torch.float64)
     blocks = rows.blocks(step, torch.float32 if exact else torch.float64)
-    for v in tqdm(blocks, "covariance", -(-rows.count // step), leave=False, delay=SILENT, disable=None):
+    for v in Bar(blocks, "covariance", -(-rows.count // step), leave=False, delay=SILENT, disable=None):
         total += v.sum(0, dtype=torch.float64)
         for part in _slices(size, COLUMNS):
             product[part, part.start :] += v[:, part].T @ v[:, part.start :]

@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from .bank import Bank
 from .errors import GolddiffError
@@ -20,6 +19,7 @@ from .files import holding, is_empty, save_tensors, sweep
 from .golden import hashed
 from .jsons import read_json, write_json
 from .memory import explained
+from .progress import Bar
 
 __all__ = ["Training", "train_oracle"]
 
@@ -98,7 +98,7 @@ def _train(bank: Bank, out: Path, training: Training, save_every: int, scheduler
     table = schedule.alphas_cumprod.to(device)
     losses = _resume(out, model, average, optimiser)
     half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    with tqdm(total=training.steps, initial=len(losses), desc="training", unit="step", disable=None) as bar:
+    with Bar(total=training.steps, initial=len(losses), desc="training", unit="step", disable=None) as bar:
         for step in range(len(losses), training.steps):
             x, z, t = _batch(bank, training, step)
             abar = table[t][:, None, None, None]

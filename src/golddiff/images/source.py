@@ -15,6 +15,7 @@ import torch
 
 from ..errors import GolddiffError, unknown
 from ..foreign import regular
+from ..memory import DoesNotFit, is_lack
 from .archives import find_shards, read_tars, read_zip
 from .arrays import from_array, from_dataset, read_numpy
 from .cifar import find_cifar, read_cifar
@@ -125,11 +126,13 @@ def _failing(source: str | Path) -> Iterator[None]:
         yield
     except GolddiffError:
         raise
-    except OSError as error:
-        raise GolddiffError(f"{source} cannot be read ({error.strerror or error}): check its permissions") from error
-    except MemoryError as error:
-        raise GolddiffError(f"{source} does not fit into memory: take fewer pictures, or smaller ones") from error
     except Exception as error:
+        if is_lack(error):
+            raise DoesNotFit(f"{source} does not fit into memory: take fewer pictures, or smaller ones") from error
+        if isinstance(error, OSError):
+            raise GolddiffError(
+                f"{source} cannot be read ({error.strerror or error}): check its permissions"
+            ) from error
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise GolddiffError(f"{source} cannot be read ({reason}): make it again") from error
 
