@@ -19,6 +19,7 @@ import tarfile
 import time
 import zipfile
 import zlib
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -740,11 +741,67 @@ def test_what_the_watch_notices(tmp_path, monkeypatch):
 # ---- networks ----------------------------------------------------------------------------------------
 
 
-def test_pickled_weights_of_a_network_run_nothing(tmp_path, toy):
+def network():
     diffusers = pytest.importorskip("diffusers")
-    shape = {"in_channels": 3, "out_channels": 3, "sample_size": (4, 5), "block_out_channels": (32, 32)}
-    kinds = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    diffusers.UNet2DModel(**shape, **kinds, layers_per_block=1).save_config(tmp_path)
+    shape = {"in_channels": 3, "out_channels": 3, "sample_size": (4, 5), "block_out_channels": (32,)}
+    kinds = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    return diffusers.UNet2DModel(**shape, **kinds, layers_per_block=1)
+
+
+LIES = {
+    "layers_per_block": (10**9, 64, 2, -1, 0, 1.5, "1", None, [1], True),
+    "block_out_channels": ([2**40], [2**19], [64], [32, 32], [32] * 10**5, [], [0], 32, "3"),
+    "down_block_types": (["DownBlock2D"] * 10**5, ["os.system"], ["AttnDownBlock2D"], []),
+    "in_channels": (2**40, 2**20, -3, 0, "3"),
+    "norm_num_groups": (10**9, 0, -1, 7),
+    "attention_head_dim": (0, 10**9),
+    "sample_size": (2**40, -1, "4", [4], [4, 5, 6]),
+    "_class_name": ("AutoencoderKL", "os.system", None, ["UNet2DModel"]),
+    "time_embedding_type": ("fourier", "x"),
+    "num_class_embeds": (10**12, 10**6),
+    "num_train_timesteps": (10**12,),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("key", LIES)
+def test_settings_of_a_network_that_lie(tmp_path, toy, key):
+    network().save_pretrained(tmp_path)
+    stated = json.loads((tmp_path / "config.json").read_text())
+    gd.oracle(tmp_path, toy, schedule="ddpm")
+    for lie in LIES[key]:
+        (tmp_path / "config.json").write_text(json.dumps(stated | {key: lie}))
+
+        def attempt():
+            with suppress(gd.GolddiffError):
+                x, noise = torch.zeros(1, *toy.shape), gd.Noise(1.0, 1.0)
+                made = gd.oracle(tmp_path, toy, schedule="ddpm")(x, noise).mean
+                (tmp_path / "config.json").write_text(json.dumps(stated))
+                assert torch.equal(made, gd.oracle(tmp_path, toy, schedule="ddpm")(x, noise).mean)  # it does not matter
+
+        assert grown(attempt) < 2**28, lie
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path, toy):
+    network().save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["other"] = weights.pop("conv_in.weight")
+    save_file(weights, file, metadata={"format": "pt"})
+    refused(lambda: gd.oracle(tmp_path, toy, schedule="ddpm"), "its files lack conv_in.weight", 2**29)
+
+
+@pytest.mark.parametrize(
+    "lie", [{"num_train_timesteps": 10**12}, {"beta_schedule": "os.system"}, {"trained_betas": []}, []]
+)
+def test_settings_of_a_scheduler_that_lie(tmp_path, toy, lie):
+    network().save_pretrained(tmp_path)
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(lie))
+    refused(lambda: gd.oracle(tmp_path, toy), "holds no network that can be read|alphas_cumprod", 2**28)
+
+
+def test_pickled_weights_of_a_network_run_nothing(tmp_path, toy):
+    network().save_config(tmp_path)
     torch.save({"weights": Canary(tmp_path / "run")}, tmp_path / "diffusion_pytorch_model.bin")
     refused(lambda: gd.oracle(tmp_path, toy, schedule="ddpm"), "holds no network that can be read", 2**29)
     assert not (tmp_path / "run").exists()

@@ -6,11 +6,11 @@ from pathlib import Path
 import golddiff
 
 ORDER = [
-    "errors", "files", "memory", "progress", "foreign", "jsons", "ranks", "images", "latents", "noise", "proxy",
-    "spectrum", "prepare", "derived", "kernels", "bank", "locality", "golden", "scan", "scores", "drawing", "cells",
-    "importance", "certified", "posterior", "denoise", "oracle", "metrics", "sample", "calibrate", "concentrate",
-    "training", "pictures", "recipe", "runs", "compare", "attribution", "reports", "doctor", "adapters", "explorer",
-    "cli",
+    "errors", "files", "memory", "progress", "foreign", "jsons", "ranks", "images", "networks", "latents", "noise",
+    "proxy", "spectrum", "prepare", "derived", "kernels", "bank", "locality", "golden", "scan", "scores", "drawing",
+    "cells", "importance", "certified", "posterior", "denoise", "oracle", "metrics", "sample", "calibrate",
+    "concentrate", "training", "pictures", "recipe", "runs", "compare", "attribution", "reports", "doctor",
+    "adapters", "explorer", "cli",
 ]  # fmt: skip
 FOLDER = Path(golddiff.__file__).parent
 

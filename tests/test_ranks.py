@@ -1,17 +1,21 @@
 """Several processes: the same images however many there are, and a clear end when one dies."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
 
 import golddiff as gd
+from golddiff import ranks as places
 from golddiff.ranks import Ranks, first_host, joined, parse_shard
 from test_cli import call
 
@@ -19,9 +23,12 @@ RUN = ["sample", "digits", "--seeds", "0-6", "--batch", "2", "--steps", "4", "--
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return str(s.getsockname()[1])
+    """One that the system gives nobody in between."""
+    while True:
+        port = random.randrange(20000, 32000)  # noqa: S311
+        with suppress(OSError), socket.socket() as s:
+            s.bind(("localhost", port))
+            return str(port)
 
 
 def launched(count, arguments, slurm=False):
@@ -90,6 +97,15 @@ def test_a_rank_that_dies_ends_the_run(tmp_path, capsys):
         assert len(np.load(out / "samples.npz")["arr_0"]) <= done  # finished images are kept
         for file in out.iterdir():
             file.unlink()
+
+
+def test_a_first_rank_that_never_comes_is_not_waited_for_for_ever(monkeypatch):
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(places, "MEETING", timedelta(seconds=1))
+    with pytest.raises(gd.GolddiffError, match="rank 1 of 2 cannot reach the others"), joined(torch.device("cpu")):
+        pass
 
 
 def test_where_a_process_is():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from .errors import GolddiffError
 from .files import hash_file
 from .images import Images
+from .networks import read_network, weights_of
 
 __all__ = ["Latents", "latents", "reopened", "same_as"]
 
@@ -122,7 +122,13 @@ def latents(folder: str | Path) -> Latents:
     """
     place = Path(folder)
     place = place / "vae" if (place / "vae").is_dir() else place
-    model = _autoencoder(place)
+    try:
+        model = read_network(place, "AutoencoderKL").eval().float().requires_grad_(False)
+    except GolddiffError:
+        raise
+    except Exception as error:  # files of others fail in any way
+        reason = str(error).split("\n")[0][:160]
+        raise GolddiffError(f"{place} holds no autoencoder that can be read ({reason}): give its folder") from error
     scale = float(model.config.scaling_factor or 1)
     shift = float(model.config.get("shift_factor") or 0)
     step = 2 ** (len(model.config.block_out_channels) - 1)
@@ -143,25 +149,8 @@ def latents(folder: str | Path) -> Latents:
             parts = [model.to(z.device).decode(part).sample for part in (z.float() / scale + shift).split(BATCH)]
         return torch.cat(parts)
 
-    files = sorted(p for p in place.iterdir() if p.suffix == ".safetensors")
-    weights = " ".join(hash_file(path)[:16] for path in files) + f" {scale:g} {shift:g}"
+    weights = " ".join(hash_file(path)[:16] for path in weights_of(place)) + f" {scale:g} {shift:g}"
     return Latents(encode, decode, str(place.resolve()), weights)
-
-
-def _autoencoder(place: Path) -> Any:
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise GolddiffError("autoencoders need the extra diffusers: pip install 'golddiff[diffusers]'") from error
-    try:
-        config = json.loads((place / "config.json").read_text())
-        if config["_class_name"] != "AutoencoderKL":
-            raise ValueError(f"a {config['_class_name']}, not an AutoencoderKL")
-        model: Any = AutoencoderKL.from_pretrained(place, local_files_only=True, use_safetensors=True)
-    except Exception as error:  # files of others fail in any way
-        reason = str(error).split("\n")[0][:160]
-        raise GolddiffError(f"{place} holds no autoencoder that can be read ({reason}): give its folder") from error
-    return model.eval().float().requires_grad_(False)
 
 
 def reopened(stated: dict[str, Any]) -> Latents:

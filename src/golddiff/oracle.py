@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from .bank import Bank
 from .denoise import Denoiser
 from .errors import GolddiffError, unknown
 from .files import hash_file
+from .networks import read_network, settings, weights_of
 from .noise import DDPM, Noise, Schedule
 from .posterior import Posterior
 
@@ -23,6 +23,7 @@ __all__ = ["PREDICTIONS", "Oracle", "oracle"]
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "denoised")
 BATCH = 64
+SCHEDULER = "scheduler_config.json"
 
 
 class Oracle(Denoiser):
@@ -69,6 +70,10 @@ class Oracle(Denoiser):
         self._angles = None
         if schedule is not None:
             table = schedule.alphas_cumprod.double()
+            if len(table) < 2 or not bool(((table >= 0) & (table <= 1)).all()) or bool((table.diff() > 0).any()):
+                raise GolddiffError(
+                    "alphas_cumprod of a network's schedule must fall from 1 to 0: give another schedule"
+                )
             self._angles = torch.atan2((1 - table).sqrt(), table.sqrt())
         said = f"{weights} {prediction} {None if self._angles is None else self._angles.tolist()}"
         self.identity = hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
@@ -160,30 +165,32 @@ def oracle(
 
 def _diffusers(folder: Path, bank: Bank) -> tuple[Callable[[Tensor, Tensor], Tensor], Any, str]:
     """The network of a folder, its scheduler if there is one, and a hash of its weights."""
-    try:
-        from diffusers import DDPMScheduler, UNet2DModel
-    except ImportError as error:
-        raise GolddiffError("oracles need the extra diffusers: pip install 'golddiff[diffusers]'") from error
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
+    channels, height, width = bank.shape
     try:
-        config = json.loads((unet / "config.json").read_text())
-        if config["_class_name"] != "UNet2DModel":
-            raise ValueError(f"a {config['_class_name']}, not a UNet2DModel")
-        model: Any = (
-            UNet2DModel.from_pretrained(unet, local_files_only=True, use_safetensors=True).eval().to(bank.device)
-        )
-        place = next((p for p in (folder / "scheduler", folder) if (p / "scheduler_config.json").is_file()), None)
-        scheduler = None if place is None else DDPMScheduler.from_pretrained(place, local_files_only=True)
+        model = read_network(unet, "UNet2DModel").eval().to(bank.device)
+        said = model.config
+        size = said.sample_size or (height, width)
+        theirs = (said.in_channels, *((size, size) if isinstance(size, int) else size))
+        if theirs != bank.shape or said.out_channels != channels:
+            raise GolddiffError(
+                f"{folder} is a network for images of {' x '.join(map(str, theirs))}, the bank has "
+                f"{channels} x {height} x {width}"
+            )
+        with torch.no_grad():  # settings can be such that it does not work
+            model(torch.zeros(1, *bank.shape, device=bank.device), torch.zeros(1, device=bank.device))
+        file = next((p for p in (folder / "scheduler" / SCHEDULER, folder / SCHEDULER) if p.is_file()), None)
+        scheduler = None if file is None else _scheduler(settings(file))
+    except GolddiffError:
+        raise
     except Exception as error:  # files of others fail in any way
         reason = str(error).split("\n")[0][:160]
         raise GolddiffError(f"{folder} holds no network that can be read ({reason}): give its folder") from error
-    channels, height, width = bank.shape
-    size = model.config.sample_size
-    sides = (size, size) if isinstance(size, int) else tuple(size or (height, width))
-    if model.config.in_channels != channels or model.config.out_channels != channels or sides != (height, width):
-        theirs = f"{model.config.in_channels} x {sides[0]} x {sides[1]}"
-        raise GolddiffError(
-            f"{folder} is a network for images of {theirs}, the bank has {channels} x {height} x {width}"
-        )
-    files = sorted(path for path in unet.iterdir() if path.suffix == ".safetensors")
-    return lambda x, t: model(x, t).sample, scheduler, " ".join(hash_file(path) for path in files)
+    hashes = " ".join(hash_file(path) for path in weights_of(unet))
+    return lambda x, t: model(x, t).sample, scheduler, hashes
+
+
+def _scheduler(stated: dict[str, Any]) -> Any:
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler.from_config(stated)

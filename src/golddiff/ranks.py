@@ -15,12 +15,14 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from .errors import GolddiffError
 
 __all__ = ["ALONE", "Ranks", "joined", "own_device", "parse_shard"]
 
 STRIPE = 64  # neighbouring rows that go to the same rank
+MEETING = timedelta(minutes=10)  # until all ranks have been started
 PATIENCE = timedelta(days=7)  # a rank that dies is noticed at once; one that works may take its time
 
 
@@ -116,7 +118,8 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     rank, size = place
     try:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # what is agreed on lies on the CPU
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=PATIENCE)
+        store, rank, size = next(rendezvous("env://", rank, size, timeout=MEETING))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise GolddiffError(
