@@ -72,8 +72,15 @@ def settings(file: Path) -> dict[str, Any]:
 
 
 def weights_of(folder: Path) -> list[Path]:
-    """The files with the weights of a network."""
-    return sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
+    """The files with the weights of a network.
+
+    Raises:
+        ValueError: there are none as safetensors.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
+    if not files:
+        raise ValueError("it has no weights as safetensors")
+    return files
 
 
 def _whole_numbers(found: Any) -> Iterator[int]:
