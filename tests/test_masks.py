@@ -105,6 +105,20 @@ def test_a_bank_that_cannot_be_written_still_works(tmp_path):
         assert not list((folder / "derived").glob("mask-*"))
 
 
+def test_what_is_kept_beside_a_bank_can_be_bounded(tmp_path):
+    bank = gd.Bank.build("digits", tmp_path / "bank", limit=300)
+    free = [PCAMask(gd.Bank.open(bank.path)).mask(gd.DDPM()(t)) for t in (100, 500, 900)]
+    files = list((bank.path / "derived").glob("mask-*"))
+    largest = max(file.stat().st_size for file in files)
+    for file in files:
+        file.unlink()
+    bank.keep_at_most(2 * largest)
+    for t, expected in zip((100, 500, 900), free, strict=True):
+        assert torch.equal(PCAMask(bank).mask(gd.DDPM()(t)), expected)
+    kept = sum(file.stat().st_size for file in (bank.path / "derived").glob("mask-*"))
+    assert 0 < kept <= 2 * largest
+
+
 def test_masks_of_class_statistics_differ(toy):
     noise = gd.DDPM()(300)
     rows = toy.images(toy.rows_of(2), torch.float64).flatten(1).numpy()

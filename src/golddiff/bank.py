@@ -606,6 +606,10 @@ class Bank:
         """
         return (self._of_rows if of_rows else self._derived).get(name, compute, remember, fits)
 
+    def keep_at_most(self, size: int) -> None:
+        """From now on puts at most so many bytes beside the bank; what is more is derived again when it is needed."""
+        self._derived.left = size
+
 
 def _check_free(out: Path, force: bool) -> None:
     """Refuses a folder that is there, and with `force` one that is no bank."""

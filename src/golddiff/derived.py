@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections import OrderedDict
@@ -30,10 +31,14 @@ class Derived:
     Arguments:
         folder: where they are kept, one safetensors file each; None keeps them in memory only.
         fingerprint: of the bank; what is there for another one, or of another format, is made again.
+
+    Attributes:
+        left: bytes that may still be put into the folder; what is larger is forgotten.
     """
 
     def __init__(self, folder: Path | None, fingerprint: str) -> None:
         self.folder = folder
+        self.left = math.inf
         self._stamp = {"fingerprint": fingerprint, "format": str(FORMAT)}
         self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
@@ -59,7 +64,10 @@ class Derived:
             raise GolddiffError(f"{file} does not fit its bank: remove it, it will be made again")
         if not self._stamp.items() <= metadata.items():  # not there, or of another bank or version
             tensors = {k: t.contiguous() for k, t in compute().items()}
-            if file and _writable(file.parent):  # a bank that cannot be written to still works; it only forgets
+            size = _size(tensors)
+            # A bank that cannot be written to still works; it only forgets.
+            if file and size <= self.left and _writable(file.parent):
+                self.left -= size
                 file.parent.mkdir(exist_ok=True)
                 save_tensors(file, tensors, {**self._stamp, "hash": _hashed(tensors)})
                 sweep(file.parent, time.time() - LONG_AGO)

@@ -10,6 +10,7 @@ __all__ = [
     "ADDRESSES",
     "BURST",
     "CONNECTIONS",
+    "KEPT",
     "LARGEST_BODY",
     "LARGEST_HEAD",
     "QUESTIONS",
@@ -24,6 +25,7 @@ __all__ = [
 # Sizes, in bytes. The largest request of the page, 1,000 removed images, takes 17 kB.
 LARGEST_HEAD = 2**14
 LARGEST_BODY = 2**16
+KEPT = 2**30  # of masks and the like, beside the bank: visitors choose the noise levels
 
 # Times, in seconds. Who does not ask, send or read in them holds a connection that another could use.
 TO_ASK = 10.0  # from being connected, or answered, to the end of the head of the next request

@@ -38,11 +38,12 @@ def serve(bank: Bank, host: str = "127.0.0.1", port: int = 8765, *, open_browser
 
         from .connection import Connection
         from .guard import is_loopback
-        from .limits import LARGEST_HEAD, TO_ASK
+        from .limits import KEPT, LARGEST_HEAD, TO_ASK
         from .runs import Explorer
         from .web import application
     except ImportError as error:
         raise GolddiffError("the explorer needs the extra web: pip install 'golddiff[web]'") from error
+    bank.keep_at_most(KEPT)
     explorer = Explorer(bank)
     listening = _bound(host, port)
     there, taken = listening.getsockname()[:2]
