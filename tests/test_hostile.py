@@ -35,6 +35,7 @@ from golddiff import derived
 from golddiff.cells import Cells
 from golddiff.files import hash_edges
 from golddiff.foreign import Npz
+from golddiff.images.pages import largest_pages
 from golddiff.jsons import sealed
 from golddiff.locality import MaskRuns
 from golddiff.prepare import Journal
@@ -416,6 +417,73 @@ def test_lies_in_parquet(tmp_path):
     refused(lambda: read(path), "no picture bytes")
     pq.write_table(pa.table({"image": [PNG], "label": pa.array([None], pa.uint8())}), path)
     assert gd.open_source(path).labels.tolist() == [-1]
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "brotli", "zstd", "lz4"])
+def test_sizes_of_pages_are_those_that_were_written(tmp_path, codec, version, dictionary):
+    cells = [{"bytes": bytes([row]) * 3000, "path": None} for row in range(200)]  # 3,000: longer than most headers
+    table = pa.table({"image": cells, "label": list(range(200))})
+    path = tmp_path / "a.parquet"
+    pq.write_table(
+        table, path, row_group_size=100, compression=codec, data_page_version=version, use_dictionary=dictionary
+    )
+    values, keys = largest_pages(path, {"image"})
+    stored = 100 * (4 + 3000)  # of one group: each value after its length
+    if dictionary:
+        assert keys == stored
+        assert values < 1000
+    else:
+        assert keys == 0
+        assert stored < values < stored + 100
+    assert sum(largest_pages(path, {"label"})) < 2000
+
+
+def parquet_bomb(path, size, dictionary):
+    value = pa.array([bytes(size)], pa.binary())
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 16, pa.int32()), value) if dictionary else value
+    options = {"use_dictionary": dictionary, "dictionary_pagesize_limit": 2**31 - 1}
+    table = pa.table({"image": column})
+    pq.write_table(table, path, compression="zstd", write_statistics=False, store_schema=False, **options)
+    assert path.stat().st_size < size / 10_000
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_a_page_of_parquet_that_inflates_to_much(tmp_path, monkeypatch, dictionary):
+    parquet_bomb(tmp_path / "a.parquet", 128 * MIB, dictionary)
+    monkeypatch.setattr("golddiff.memory.room", lambda: 600 * MIB)  # 5 times the page: Arrow would take 4 or 20
+    refused(lambda: read(tmp_path / "a.parquet"), r"whose pages inflate to 128\.0 MiB, needs .* of memory")
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_what_pages_of_parquet_take_is_not_underestimated(tmp_path, monkeypatch, dictionary):
+    parquet_bomb(tmp_path / "a.parquet", 32 * MIB, dictionary)
+    needed = []
+    monkeypatch.setattr("golddiff.images.parquet.require", lambda size, *_: needed.append(size))
+
+    def cell():
+        with suppress(gd.GolddiffError):  # 32 MiB of zeros are no picture
+            read(tmp_path / "a.parquet")
+
+    assert grown(cell) < max(needed) + 32 * MIB  # what Arrow takes once
+
+
+def test_pages_of_parquet_that_are_none(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": [PNG]}), path, use_dictionary=False)
+    whole = path.read_bytes()
+    start = pq.ParquetFile(path).metadata.row_group(0).column(0).data_page_offset
+    for header in (
+        b"\xff" * 12,  # a kind of value that there is not
+        b"\x15" + b"\xff" * 11,  # a number without an end
+        b"\x19\xfc" + b"\xff\xff\xff\xff\x0f" * 2,  # a list of 2^32 structures
+        b"\x1c" * 12 + b"\x1c" * 12,  # structures of structures
+        b"\x15\x00\x15\x01\x15\x01\x00",  # sizes of -1
+        b"\x00",  # no size
+    ):
+        path.write_bytes(whole[:start] + header + whole[start + len(header) :])
+        refused(lambda: read(path), "is damaged .*: fetch it again")
 
 
 def test_no_pickle_in_the_schema_of_parquet_is_run(tmp_path):

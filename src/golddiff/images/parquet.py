@@ -14,13 +14,15 @@ import pyarrow.parquet as pq
 
 from ..errors import GolddiffError
 from ..foreign import parse_json, regular
-from ..memory import require
+from ..memory import in_words, require
 from .core import NO_LABEL, ROW_MEMORY, Images, as_labels
+from .pages import largest_pages
 from .pictures import LARGEST_FILE, EncodedPicture, decoded
 
 __all__ = ["find_parquet", "read_parquet"]
 
 BATCH = 16  # cells that are read at once
+COPIES = 6  # of a page, while Arrow makes cells of it; measured: 4
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 
 
@@ -36,6 +38,8 @@ def find_parquet(folder: Path, split: str) -> list[Path]:
 def read_parquet(files: list[Path], **options: Any) -> Images:
     """Pictures of parquet files, one after the other. Ids are row numbers over all files."""
     columns = [_columns(file) for file in files]
+    for file, names in zip(files, columns, strict=True):
+        _check_pages(file, {name for name in names if name})
     if len({label for _, label in columns}) > 1:
         raise GolddiffError(f"{files[0].parent}: some files have labels and some have none, or under another name")
     counts = [_count(file) for file in files]
@@ -97,7 +101,9 @@ class _Column:
 def _reading(file: Path) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except GolddiffError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise GolddiffError(f"{file} is damaged ({str(error)[:120]}): fetch it again") from error
 
 
@@ -117,6 +123,18 @@ def _count(file: Path) -> int:
             f"{file} announces {rows} rows, {sum(groups)} in its groups, and has {size} bytes: fetch it again"
         )
     return rows
+
+
+def _check_pages(file: Path, columns: set[str]) -> None:
+    """Refuses pages that would not fit inflated: a few bytes can announce gigabytes.
+
+    Raises:
+        GolddiffError: they would not, or what should be pages is none.
+    """
+    with _reading(file):
+        values, dictionary = largest_pages(file, columns)
+    needed = COPIES * values + (COPIES + BATCH) * dictionary  # each cell of a batch may be all of the dictionary
+    require(needed, f"reading {file}, whose pages inflate to {in_words(max(values, dictionary))},", "fetch it again")
 
 
 def _columns(file: Path) -> tuple[str, str | None]:
